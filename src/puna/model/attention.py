@@ -22,8 +22,8 @@ class Attention(Protocol):
     ) -> Tensor:
         """Return (tokens, num_heads, head_dim).
 
-        q: (tokens, num_heads, head_dim); k, v: (tokens, num_kv_heads, head_dim). With `chunk_size`, position p
-        sees only positions from p // chunk_size * chunk_size on.
+        q: (tokens, num_heads, head_dim); k, v: (tokens, num_kv_heads, head_dim). With `chunk_size`, position
+        p sees only positions from p // chunk_size * chunk_size on.
         """
 
     def lengths(self) -> Tensor:

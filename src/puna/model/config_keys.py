@@ -37,8 +37,8 @@ class Keys:
 
     def integer(self, key: str, default: int | None, *, low: int = 1, high: int = _LARGEST) -> int:
         """Return an integer in [low, high]; without a default the key is required."""
-        value = self.optional_integer(key, default, low=low, high=high)
-        return self._required(key, value)
+        value: int = self._required(key, self.optional_integer(key, default, low=low, high=high))
+        return value
 
     def optional_integer(
         self, key: str, default: int | None, *, low: int = 1, high: int = _LARGEST
@@ -103,6 +103,15 @@ class Keys:
         ):
             raise self._wrong(key, value, "a list of integers")
         return tuple(int(item) for item in value)
+
+    def optional_strings(self, key: str) -> tuple[str, ...] | None:
+        """Return a list of strings, or None where it is absent or null."""
+        value = self._get(key, None)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(key, value, "a list of strings")
+        return tuple(value)
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Return one integer or a list of them as a tuple, empty where absent or null."""

@@ -31,7 +31,7 @@ class Experts(nn.Module):
         x: (tokens, hidden); scores, chosen: (tokens, k), the factor of the input and the expert's number.
         """
         out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             scaled = x[rows] * scores[rows, place, None]
             gate, up = (scaled @ self.gate_up_proj[expert]).chunk(2, dim=-1)

@@ -1,8 +1,8 @@
 """Rotary position embedding: a position turns each pair of a head's elements by an angle.
 
-Llama 2 and 3 in Hugging Face's row order pair element i with i + head_dim/2; Llama 4 pairs 2i with 2i + 1. The
-frequencies of every scaling type follow Transformers 5.23 (`modeling_rope_utils.py`), all in float32. Rotation
-is done in float32 and cast back, as in Meta's code.
+Llama 2 and 3 in Hugging Face's row order pair element i with i + head_dim/2; Llama 4 pairs 2i with 2i + 1.
+The frequencies of every scaling type follow Transformers 5.23 (`modeling_rope_utils.py`), all in float32.
+Rotation is done in float32 and cast back, as in Meta's code.
 """
 
 from __future__ import annotations
