@@ -105,8 +105,8 @@ class Session:
 def default_sampling(path: Path) -> dict[str, Any]:
     """Return the sampling settings that a checkpoint asks for, by the names of `SamplingParams`.
 
-    They come from `generation_config.json` with Transformers' defaults, or from a GGUF's `general.sampling.*`;
-    where there is neither, they are Ollama's: temperature 0.8, top-k 40, top-p 0.9.
+    They come from `generation_config.json` with Transformers' defaults, or from a GGUF's
+    `general.sampling.*`; where there is neither, they are Ollama's: temperature 0.8, top-k 40, top-p 0.9.
     """
     if path.suffix == ".gguf":
         from puna.gguf_header import read_metadata
