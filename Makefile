@@ -1,0 +1,48 @@
+# Everything a developer types. A target makes what it needs; nothing has to be installed by hand but
+# Python 3.11+ with venv, pip, a C++ compiler and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: chat test slow check fix bench clean
+
+chat: $(VENV)/.run        ## install, then chat with cria, the embedded model
+	@$(BIN)/puna run
+
+test: $(VENV)/.test       ## install, then run all tests
+	$(BIN)/python -m pytest --numprocesses 2
+
+check: $(VENV)/.check     ## lint, format and types, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.check       ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test      ## measure Puna beside Transformers on a 1B-shaped model
+	$(BIN)/python benchmarks/generation.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.pip pyproject.toml constraints.txt
+	@echo "Installing Puna into $(VENV) (torch is large: some minutes) ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) --group test
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(PIP) --group check
+	@touch $@
