@@ -47,6 +47,7 @@ _PICKLE_NAMES = frozenset(
     {
         "collections OrderedDict",
         "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_tensor_v3",
         "torch._utils _rebuild_parameter",
         "torch.nn.parameter Parameter",
         "torch Size",
@@ -54,7 +55,7 @@ _PICKLE_NAMES = frozenset(
         "_codecs encode",
     }
 )
-_STORAGE_NAME = re.compile(r"torch(\.storage)? [A-Z][A-Za-z0-9_]*Storage")
+_STORAGE_OR_DTYPE = re.compile(r"torch(\.storage)? [A-Z]\w*Storage|torch (bfloat16|float\w+|u?int\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +354,11 @@ def _check_pickle_names(path: Path, pickle: bytes) -> None:
             if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
                 raise CheckpointError(path, f"refused: its pickle uses {opcode.name}, no state dict does")
             name = str(argument)  # "module name"
-            if opcode.name == "GLOBAL" and name not in _PICKLE_NAMES and not _STORAGE_NAME.fullmatch(name):
+            if (
+                opcode.name == "GLOBAL"
+                and name not in _PICKLE_NAMES
+                and not _STORAGE_OR_DTYPE.fullmatch(name)
+            ):
                 asked = _short(name.replace(" ", "."))
                 raise CheckpointError(path, f"refused: its pickle asks for {asked}, not only for tensors")
     except (ValueError, OverflowError, MemoryError, IndexError, struct.error) as error:

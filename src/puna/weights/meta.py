@@ -111,8 +111,8 @@ class MetaCheckpoint:
     # -------------------------------------------------------------------------------------------- the config
 
     def _read_config(self, params: dict[str, Any]) -> LlamaConfig:
-        vocab_size, dim = params.get("vocab_size"), params.get("dim")
-        if vocab_size in (None, -1) and isinstance(dim, int):
+        dim, vocab_size = params.get("dim"), None
+        if params.get("vocab_size") in (None, -1) and isinstance(dim, int):
             vocab_size = self._embedding_rows(dim)
         try:
             config = LlamaConfig.from_meta(params, vocab_size=vocab_size)
