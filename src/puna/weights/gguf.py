@@ -312,7 +312,9 @@ def _require_llama(path: Path, metadata: Mapping[str, Value]) -> None:
     if arch is None:
         raise CheckpointError(path, "key 'general.architecture' is missing")
     if arch not in ("llama", "llama4"):
-        raise UnsupportedError(f"{path}: architecture {arch!r} is not supported ('llama' and 'llama4' are)")
+        raise UnsupportedError(
+            f"{path}: architecture {str(arch)[:40]!r} is not supported ('llama' and 'llama4' are)"
+        )
     if arch == "llama" and metadata.get("llama.expert_count", 0) != 0:
         raise UnsupportedError(f"{path}: a Mixtral (llama.expert_count is not 0) is not supported")
 
@@ -416,5 +418,5 @@ def _part_path(path: Path, prefix: str, index: int, count: int) -> Path:
 def _split_key(file: GgufFile, key: str) -> int:
     value = file.metadata.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise CheckpointError(file.path, f"key {key!r} is {value!r}, not a count")
+        raise CheckpointError(file.path, f"key {key!r} is {str(value)[:40]}, not a count")
     return value
