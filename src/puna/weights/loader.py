@@ -149,6 +149,7 @@ def load_model(
         for name, value in checkpoint.tensors():
             filling.put(name, value)
             progress.update(_num_bytes(value))
+            del value  # or it would live on while the next one is read
     filling.require_complete(checkpoint)
     if checkpoint.skipped:
         logger.info("%s: not used: %s", checkpoint.path, list_names(checkpoint.skipped))
