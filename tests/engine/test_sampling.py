@@ -74,6 +74,12 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     assert sample(logits, frequency, make_generator(0), output_ids=[0, 0]) == 1
 
 
+def test_min_tokens_bars_the_stop_ids_until_then() -> None:
+    params = SamplingParams(temperature=0.0, stop_token_ids=(0, 2), min_tokens=2)
+    assert sample(LOGITS, params, make_generator(0), output_ids=[1]) == 3
+    assert sample(LOGITS, params, make_generator(0), output_ids=[1, 1]) == 0
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -89,6 +95,8 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
         {"presence_penalty": 3.0},
         {"frequency_penalty": -3.0},
         {"max_tokens": 0},
+        {"min_tokens": -1},
+        {"min_tokens": 17},
         {"seed": 2**64},
         {"stop": ("",)},
     ],

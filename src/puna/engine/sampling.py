@@ -36,6 +36,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: until the context is full
+    min_tokens: int = 0  # until then no stop token id is chosen
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 2.0)
@@ -48,6 +49,8 @@ class SamplingParams:
             raise ParameterError(f"top_k must be 0 or -1 (all) or at least 1, got {self.top_k!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ParameterError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise ParameterError(f"min_tokens must be from 0 to max_tokens, got {self.min_tokens}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise ParameterError(f"seed must fit in 64 bits, got {self.seed}")
         if isinstance(self.stop, str):
@@ -86,6 +89,9 @@ def sample(
 ) -> int:
     """Choose one token id from logits (vocab,); ties go to the lowest id."""
     logits = _penalized(logits.float(), params, prompt_ids, output_ids)
+    if len(output_ids) < params.min_tokens and params.stop_token_ids:
+        stops = torch.tensor(params.stop_token_ids, device=logits.device)
+        logits = logits.index_fill(0, stops, -math.inf)
     if params.greedy:
         return int(logits.argmax())
     logits = _truncated(logits / max(params.temperature, 1e-2), params)
