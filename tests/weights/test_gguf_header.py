@@ -10,8 +10,10 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from puna.errors import CheckpointError, PunaError
 from puna.gguf_header import GGMLType, read_header, read_metadata
 from puna.weights.gguf import GgufFile, open_gguf
+from puna.weights.loader import load_model
 
 U32, STRING, ARRAY, BOOL, FLOAT32 = 4, 8, 9, 7, 6
 BOUNDS = tuple(
@@ -103,10 +106,19 @@ def string(value: str) -> bytes:
     return len(value).to_bytes(8, "little") + value.encode()
 
 
-def good() -> Maker:
-    """Make a small whole model: every kind of field is in it."""
-    made = Maker().start(tensors=11, keys=14)
-    made.key("general.architecture", STRING, string("llama"))
+TENSORS: tuple[tuple[str, tuple[int, ...], GGMLType], ...] = (
+    ("token_embd.weight", (32, 3), GGMLType.F32),
+    ("output_norm.weight", (32,), GGMLType.F32),
+    *((f"blk.0.attn_{part}.weight", (32, 32), GGMLType.Q8_0) for part in ("q", "k", "v", "output")),
+    *((f"blk.0.ffn_{part}.weight", (32, 32), GGMLType.F16) for part in ("gate", "up", "down")),
+    *((f"blk.0.{part}_norm.weight", (32,), GGMLType.F32) for part in ("attn", "ffn")),
+)
+
+
+def good(tensors: Sequence[tuple[str, tuple[int, ...], GGMLType]] = TENSORS, arch: str = "llama") -> Maker:
+    """Make a small whole model, in which every kind of field is; or one of other tensors."""
+    made = Maker().start(tensors=len(tensors), keys=18)
+    made.key("general.architecture", STRING, string(arch))
     made.key("general.alignment", U32, u32(32))
     for key, value in (
         ("context_length", 32),
@@ -114,9 +126,13 @@ def good() -> Maker:
         ("block_count", 1),
         ("feed_forward_length", 32),
         ("attention.head_count", 2),
+        ("interleave_moe_layer_step", 1),
+        ("expert_count", 2 if arch == "llama4" else 0),
+        ("expert_used_count", 1),
+        ("expert_feed_forward_length", 32),
     ):
-        made.key(f"llama.{key}", U32, u32(value))
-    made.key("llama.attention.layer_norm_rms_epsilon", FLOAT32, struct.pack("<f", 1e-5))
+        made.key(f"{arch}.{key}", U32, u32(value))
+    made.key(f"{arch}.attention.layer_norm_rms_epsilon", FLOAT32, struct.pack("<f", 1e-5))
     made.key("flag", BOOL, b"\1")
     made.strings("tokenizer.ggml.tokens", ["<unk>", "", "\u2581a"])
     made.numbers("tokenizer.ggml.scores", FLOAT32, struct.pack("<3f", 0, -1, -2), 3)
@@ -124,23 +140,10 @@ def good() -> Maker:
     made.numbers("flags", BOOL, bytes([0, 1]), 2)
     made.key("double", 12, struct.pack("<d", 0.1))
     offset = 0
-    for name, dims, kind in tensors():
-        made.tensor(name, dims, kind, offset)
-        size = int(np.prod(dims)) // GGMLType(kind).block_size * GGMLType(kind).type_size  # type: ignore[call-arg]
-        offset += -(-size // 32) * 32
+    for name, dims, kind in tensors:
+        made.tensor(name, list(dims), kind, offset)
+        offset += -(-prod(dims) // kind.block_size * kind.type_size // 32) * 32
     return made.data(offset)
-
-
-def tensors() -> Iterator[tuple[str, list[int], int]]:
-    """List what the small model has: half of it quantised."""
-    yield "token_embd.weight", [32, 3], 0
-    yield "output_norm.weight", [32], 0
-    for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        yield f"blk.0.{part}.weight", [32, 32], 8
-    for part in ("ffn_gate", "ffn_up", "ffn_down"):
-        yield f"blk.0.{part}.weight", [32, 32], 1
-    for part in ("attn_norm", "ffn_norm"):
-        yield f"blk.0.{part}.weight", [32], 0
 
 
 def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
@@ -279,7 +282,7 @@ def test_a_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
 
 
 def load(path: Path) -> None:
-    """Read all there is: it ends well or in a PunaError that names the file, and without a large allocation."""
+    """Read all there is: it ends well or in a PunaError naming the file, and without a large allocation."""
     size = path.stat().st_size
     tracemalloc.start()
     try:
@@ -333,6 +336,36 @@ def test_flipped_bits(tmp_path: Path, flips: list[tuple[int, int]]) -> None:
     path = tmp_path / "flipped.gguf"
     path.write_bytes(content)
     load(path)
+
+
+NAMES = st.sampled_from(
+    [name for name, _, _ in TENSORS]
+    + [f"blk.0.attn_{part}" for part in ("qkv.weight", "qkv.bias", "q.bias", "rot_embd.weight")]
+    + [f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+    + [f"blk.0.ffn_{part}.{expert}.weight" for part in ("gate", "down") for expert in (0, 1)]
+    + ["rope_freqs.weight", "output.weight", "v.patch.weight", "blk.0.ffn_gate_inp.weight"]
+)
+ODD_TENSOR = st.tuples(
+    NAMES,
+    st.lists(st.sampled_from([1, 2, 3, 8, 16, 32, 96]), min_size=1, max_size=4),
+    st.sampled_from([GGMLType.F32, GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.I32, GGMLType.MXFP4]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(odd=st.lists(ODD_TENSOR, min_size=1, max_size=4), arch=st.sampled_from(["llama", "llama4"]))
+def test_tensors_that_do_not_belong_together(
+    tmp_path: Path, odd: list[tuple[str, list[int], GGMLType]], arch: str
+) -> None:
+    tensors = {name: (name, dims, kind) for name, dims, kind in TENSORS}
+    for name, dims, kind in odd:
+        if kind.block_size > 1:
+            dims = [32, *dims[:3]]
+        tensors[name] = (name, tuple(dims), kind)
+    path = good(list(tensors.values()), arch).save(tmp_path)
+    load(path)
+    with suppress(PunaError):
+        load_model(path)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

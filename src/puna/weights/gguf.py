@@ -180,9 +180,7 @@ class GgufCheckpoint:
     def _config(self) -> LlamaConfig:
         embedding = self._sources.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
-            raise CheckpointError(
-                self.path, "no tensor 'token_embd.weight' of two dimensions: not a whole model"
-            )
+            raise CheckpointError(self.path, "not a whole model: no 'token_embd.weight' of two dimensions")
         try:
             config = LlamaConfig.from_gguf(
                 self.metadata,
@@ -238,20 +236,19 @@ class GgufCheckpoint:
         if config.is_llama4 or heads is None:
             return value
         rows = value.shape[0]
-        if rows != heads * config.head_dim:
+        if rows != heads * config.head_dim or len(value.shape) > 2:
             return value
         order = torch.arange(rows).view(heads, config.head_dim // 2, 2).transpose(1, 2).reshape(-1)
         return value.rows(order) if isinstance(value, QuantTensor) else value[order]
 
     def _split_qkv(self, name: str, prefix: str, leaf: str) -> Iterator[tuple[str, Tensor | QuantTensor]]:
         config = self.config
-        q, kv = (
-            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        q = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
         value = _for_module(self._sources[name].read())
-        if value.shape[0] != q + 2 * kv:
+        if value.shape[0] != q + 2 * kv or len(value.shape) > 2:
             raise CheckpointError(
-                self.path, f"tensor {name!r} has {value.shape[0]} rows; q, k and v take {q + 2 * kv}"
+                self.path, f"tensor {name!r} is {list(value.shape)}; the rows of q, k and v are {q + 2 * kv}"
             )
         bounds = {"attn_q": slice(0, q), "attn_k": slice(q, q + kv), "attn_v": slice(q + kv, None)}
         for part, rows in bounds.items():
