@@ -403,6 +403,15 @@ def test_bad_files_beside_it_are_refused_by_name(
         load_tokenizer(folder)
 
 
+def test_an_added_id_beyond_the_vocabulary_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    data = json.loads((folders["llama3"] / "tokenizer.json").read_text())
+    _change(data, "post_processor.processors.1.special_tokens.<|begin_of_text|>.ids", [9999])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>"}')
+    with pytest.raises(TokenizerError, match="added_token_id is 9999; the vocabulary has ids 0 to"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_pad_id_beyond_the_vocabulary_is_left_out(
     make_folder: MakeFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
