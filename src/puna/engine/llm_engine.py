@@ -7,7 +7,9 @@ It knows no text: stop strings and detokenising belong to its callers, who may `
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -55,6 +57,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KVDtype = "auto"
     max_logprobs: int = MAX_LOGPROBS
+    seed: int | None = None  # of the requests without one; None: from the system
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -111,6 +114,7 @@ class LLMEngine:
         self._compile_grammar = compile_grammar
         self._proposer = proposer
         self._sequences: dict[str, list[Sequence]] = {}
+        self._seeds = None if self.config.seed is None else random.Random(self.config.seed)
         cache, self.pool = self._make_cache()
         self.runner = Runner(model, cache)
         self.scheduler = Scheduler(
@@ -145,7 +149,9 @@ class LLMEngine:
         if request_id in self._sequences:
             raise ParameterError(f"a request {request_id!r} is running already")
         params.validate()
-        self._check(prompt_ids, params)
+        if params.seed is None and self._seeds is not None:
+            params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
+        self.check(prompt_ids, params)
         room = self.max_model_len - len(prompt_ids)
         grammar = None
         if params.structured_outputs is not None:
@@ -306,8 +312,8 @@ class LLMEngine:
         if not siblings:
             del self._sequences[sequence.request_id]
 
-    def _check(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> None:
-        """Refuse what can never run, with the numbers."""
+    def check(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> None:
+        """Raise ParameterError for what can never run, with the numbers."""
         if not prompt_ids:
             raise ParameterError("the prompt is empty: a model needs at least one token, such as BOS")
         vocab = self.model.config.vocab_size

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from puna.engine.block_pool import BlockHash, hash_block
 from puna.engine.sampling import SamplingParams
@@ -20,13 +19,21 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Grammar(Protocol):
-    """Say which tokens may come next; made by `puna.engine.structured` for one sequence."""
+    """Say which tokens may come next, for one sequence; `puna.text.grammar` has them."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Say whether nothing can follow but the end."""
+
+    @property
+    def error(self) -> str:
+        """Return why the grammar gave up, or an empty string."""
 
     def prepare(self) -> None:
         """Begin to work out `allowed`, beside the forward pass."""
 
-    def allowed(self) -> Tensor:
-        """Return (vocab,) booleans."""
+    def allowed_bits(self) -> bytes:
+        """Return a bit field, lowest bit first, of the ids that may come next."""
 
     def accept(self, token_id: int) -> None:
         """Go on by one token."""
@@ -120,6 +127,10 @@ class Sequence:
             self.finish_reason = "stop"
         elif token_id in (self.params.stop_token_ids or ()):
             self.finish_reason, self.stop_reason = "stop", token_id
+        elif self.grammar is not None and self.grammar.error:
+            self.finish_reason = "error"
+        elif self.grammar is not None and self.grammar.is_complete and not self.end_ids:
+            self.finish_reason = "stop"
         elif self.num_output >= self.max_tokens:
             self.finish_reason = "length"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def _masked(logits: Tensor, sequence: Sequence) -> Tensor:
     forbidden = _forbidden_ids(sequence)
     logits = logits.clone()
     if sequence.grammar is not None:
-        logits.masked_fill_(~sequence.grammar.allowed().to(logits.device), -math.inf)
+        logits.masked_fill_(~_unpacked(sequence.grammar.allowed_bits(), logits), -math.inf)
     if params.allowed_token_ids is not None:
         allowed = torch.tensor(list(params.allowed_token_ids), device=logits.device)
         kept = logits[allowed]
@@ -64,6 +65,12 @@ def _masked(logits: Tensor, sequence: Sequence) -> Tensor:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     return logits
+
+
+def _unpacked(bits: bytes, logits: Tensor) -> Tensor:
+    """Return a bit field as booleans (vocab,)."""
+    flags = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(logits), bitorder="little")
+    return torch.from_numpy(flags).bool().to(logits.device)
 
 
 def _forbidden_ids(sequence: Sequence) -> list[int]:
