@@ -1,12 +1,11 @@
 """vLLM's offline door: `LLM(model).generate(prompts, params)`, with its names, defaults and result shapes.
 
-An argument of vLLM's that Puna does not have is refused by name. Requests all go into one engine and come back
-in the order of the prompts.
+An argument of vLLM's that Puna does not have is refused by name. Requests all go into one engine and come
+back in the order of the prompts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -134,7 +133,7 @@ class LLM:
         lora_request: None = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Answer prompts: a text, a list of ids, a dict of `prompt` or `prompt_token_ids`, or a list of these.
+        """Answer prompts: text, ids, dicts of `prompt` or `prompt_token_ids`, one or a list of these.
 
         Without params the model's own are used (`get_default_sampling_params`).
         """
@@ -142,9 +141,10 @@ class LLM:
             raise UnsupportedError("lora_request: adapters are not served yet")
         listed = _as_list(prompts)
         params = self._params_for(sampling_params, len(listed))
-        if priority is not None and len(priority) != len(listed):
-            raise ParameterError(f"{len(priority)} priorities do not fit {len(listed)} prompts")
-        ids = [self._add(p, s, 0 if priority is None else priority[i]) for i, (p, s) in enumerate(zip(listed, params, strict=True))]
+        urgencies = [0] * len(listed) if priority is None else list(priority)
+        if len(urgencies) != len(listed):
+            raise ParameterError(f"{len(urgencies)} priorities do not fit {len(listed)} prompts")
+        ids = [self._add(*one) for one in zip(listed, params, urgencies, strict=True)]
         return self._run(ids, use_tqdm)
 
     def chat(
@@ -199,18 +199,21 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """Return a vector for each prompt: the final hidden state of its last token, or the mean of all."""
         listed = [self._ids_of(prompt) for prompt in _as_list(prompts)]
-        model = self.text_engine.engine.model
-        outputs = []
+        engine = self.text_engine.engine
+        outputs: list[EmbeddingRequestOutput] = []
         for ids in tqdm(listed, disable=not use_tqdm, desc="Embed"):
-            vector = pool(model, ids, pooling, normalize=normalize, max_len=self.text_engine.engine.max_model_len)
-            self._count += 1
-            outputs.append(
-                EmbeddingRequestOutput(str(self._count - 1), EmbeddingOutput(vector.tolist()), ids)
-            )
+            vector = pool(engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len)
+            embedding = EmbeddingOutput(vector.tolist())
+            outputs.append(EmbeddingRequestOutput(str(len(outputs)), embedding, ids))
         return outputs
 
     def score(
-        self, data_1: Prompt | Sequence[Prompt], data_2: Prompt | Sequence[Prompt], /, *, use_tqdm: bool = True
+        self,
+        data_1: Prompt | Sequence[Prompt],
+        data_2: Prompt | Sequence[Prompt],
+        /,
+        *,
+        use_tqdm: bool = True,
     ) -> list[ScoringRequestOutput]:
         """Return the cosine similarity of pairs of prompts; one against many is allowed."""
         left, right = _as_list(data_1), _as_list(data_2)
@@ -259,9 +262,7 @@ class LLM:
     def _add(self, prompt: Prompt, params: SamplingParams, priority: int) -> str:
         request_id = str(self._count)
         salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
-        self.text_engine.add(
-            request_id, _content(prompt), params, priority=priority, salt=str(salt).encode()
-        )
+        self.text_engine.add(request_id, _content(prompt), params, priority=priority, salt=str(salt).encode())
         self._count += 1
         return request_id
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from puna.engine.generate import generate, start
+
 from puna.engine.kv_cache import KVCache
 from puna.engine.sampling import SamplingParams
 from puna.errors import ParameterError

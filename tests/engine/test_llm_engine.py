@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import hf_llama, hf_llama4, puna_twin
 
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.request import Sequence
@@ -14,6 +13,8 @@ from puna.engine.sampling import SamplingParams
 from puna.engine.speculative import DraftModelProposer, NgramProposer
 from puna.errors import ParameterError
 from puna.model import Llama
+
+from tiny import hf_llama, hf_llama4, puna_twin
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
 SMALL: dict[str, Any] = {"block_size": 4, "kv_cache_memory_bytes": 2**24}

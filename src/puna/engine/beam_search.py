@@ -1,7 +1,8 @@
-"""Beam search on the engine's blocks: beams fork, share what they have in common, and copy only when they write.
+"""Beam search on the engine's blocks: beams fork, share what they have in common, copy where they write.
 
-Score of a beam: log-probability / length ** length_penalty, length counting the generated tokens. Each step looks
-at twice as many continuations as there are beams, so that enough are left when some end (vLLM's rule).
+Score of a beam: log-probability / length ** length_penalty, length counting the generated tokens. Each step
+looks at twice as many continuations as there are beams, so that enough are left when some end (vLLM's
+rule).
 """
 
 from __future__ import annotations
@@ -49,8 +50,12 @@ def beam_search(engine: LLMEngine, prompt_ids: SequenceOf[int], params: BeamSear
         for sequence in running:
             engine.scheduler.finish(sequence)
     ended += [Beam(s.token_ids, s.output_ids, value, "length") for s, value in running.items()]
-    ended.sort(key=lambda beam: beam.logprob / max(len(beam.output_ids), 1) ** params.length_penalty, reverse=True)
+    ended.sort(key=lambda beam: _score(beam, params.length_penalty), reverse=True)
     return ended[: params.beam_width]
+
+
+def _score(beam: Beam, length_penalty: float) -> float:
+    return beam.logprob / max(len(beam.output_ids), 1) ** length_penalty
 
 
 def _grow(

@@ -16,9 +16,7 @@ Pooling = Literal["last", "mean"]
 
 
 @torch.inference_mode()
-def pool(
-    model: Llama, ids: Sequence[int], pooling: Pooling, *, normalize: bool, max_len: int
-) -> Tensor:
+def pool(model: Llama, ids: Sequence[int], pooling: Pooling, *, normalize: bool, max_len: int) -> Tensor:
     """Return (hidden,) in float32, of length 1 if `normalize`."""
     if not ids or len(ids) > max_len:
         raise ParameterError(f"a text to embed must have 1 to {max_len} tokens, got {len(ids)}")
