@@ -1,8 +1,9 @@
 """The engine beside an event loop: each request is an async stream of outputs.
 
 The engine runs in one thread of this process. Its steps spend their time in kernels that hold no interpreter
-lock, so a server stays responsive beside it without the copies and the start-up of a second process (measured:
-see docs/performance.md). Cancelling a stream aborts its request at the next step and frees its blocks.
+lock, so a server stays responsive beside it without the copies and the start-up of a second process
+(measured: see docs/performance.md). Cancelling a stream aborts its request at the next step and frees its
+blocks.
 """
 
 from __future__ import annotations

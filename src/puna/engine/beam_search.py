@@ -55,7 +55,7 @@ def beam_search(engine: LLMEngine, prompt_ids: SequenceOf[int], params: BeamSear
 
 
 def _score(beam: Beam, length_penalty: float) -> float:
-    return beam.logprob / max(len(beam.output_ids), 1) ** length_penalty
+    return beam.logprob / float(max(len(beam.output_ids), 1) ** length_penalty)
 
 
 def _grow(
