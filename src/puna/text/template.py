@@ -70,6 +70,7 @@ class ChatTemplate:
         """
         known = {**variables, "strftime_now": functools.partial(_strftime, date)}
         with new_budget() as budget, _named_errors(self.code):
+            budget.checked(dict(variables))
             return budget.concat(self.code.root_render_func(self.code.new_context(known)))
 
 

@@ -64,7 +64,7 @@ class Budget:
     def allow_items(self, items: int) -> None:
         """Check the length of a list that is about to be made."""
         if items > MAX_ITEMS:
-            _stop(f"it makes a list of more than {MAX_ITEMS:,} items")
+            _stop(f"a list has more than {MAX_ITEMS:,} items")
 
     def allow_scan(self, left: int, right: int) -> None:
         """Check a search whose cost may be the product of two lengths."""
@@ -164,7 +164,7 @@ class _Measure:
 
     def walk(self, value: Any, depth: int = 1) -> None:
         if depth > MAX_DEPTH:
-            _stop(f"it nests lists deeper than {MAX_DEPTH}")
+            _stop(f"lists are nested deeper than {MAX_DEPTH}")
         self.items += len(value)
         for child in _children(value):
             if isinstance(child, str):
@@ -174,9 +174,9 @@ class _Measure:
             elif self._closed:
                 self.chars += _scalar_bound(child)
         if self.items > MAX_ITEMS:
-            _stop(f"it makes a list of more than {MAX_ITEMS:,} items")
+            _stop(f"a list has more than {MAX_ITEMS:,} items")
         if self.chars > MAX_CHARS:
-            _stop(f"it makes a list of more than {MAX_CHARS:,} characters")
+            _stop(f"a list has more than {MAX_CHARS:,} characters")
 
 
 def _children(value: Any) -> Iterable[Any]:

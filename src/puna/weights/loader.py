@@ -9,13 +9,14 @@ readers yield the names of our modules.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError
@@ -134,7 +135,7 @@ def load_model(
         dtype = checkpoint.dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ParameterError(f"dtype must be 'auto' or a floating point type, not {dtype!r}")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         model = Llama(checkpoint.config).to(dtype)
     filling = _Filling(model=model, dtype=dtype, device=torch.device(device))
     with tqdm(
@@ -154,6 +155,22 @@ def load_model(
     if checkpoint.skipped:
         logger.info("%s: not used: %s", checkpoint.path, list_names(checkpoint.skipped))
     return model.to(filling.device).eval().requires_grad_(False)  # what is there already stays where it is
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skip `torch.nn.init`: on the meta device it does nothing but import torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _num_bytes(value: Tensor | QuantTensor) -> int:
