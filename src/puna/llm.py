@@ -165,7 +165,7 @@ class LLM:
             encode_chat(
                 self._tokenizer,
                 conversation,  # type: ignore[arg-type]
-                tools=tools,  # type: ignore[arg-type]
+                tools=tools,
                 template=chat_template or self._chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

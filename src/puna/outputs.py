@@ -149,13 +149,14 @@ class ScoringRequestOutput:
 class TextSequence:
     """Turn the ids of one sequence into text as they come."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, *, continues: bool) -> None:
         params = sequence.params
         self.sequence = sequence
         self.text = ""
         self._tokenizer = tokenizer
         self._seen = 0
-        self._decoder = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
+        skip = params.skip_special_tokens
+        self._decoder = tokenizer.stream(skip_special_tokens=skip, continues=continues)
         self._stop = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
 
     def update(self) -> str | None:
@@ -184,10 +185,16 @@ class TextSequence:
 
 
 class RequestOutputs:
-    """Gather the answers of one request."""
+    """Gather the answers of one request.
 
-    def __init__(self, request_id: str, prompt: str | None, tokenizer: Tokenizer, n: int) -> None:
+    With `continues` the text goes on from the prompt, so a space that it begins with is kept.
+    """
+
+    def __init__(
+        self, request_id: str, prompt: str | None, tokenizer: Tokenizer, n: int, *, continues: bool
+    ) -> None:
         self.request_id = request_id
+        self._continues = continues
         self.prompt = prompt
         self.n = n
         self._tokenizer = tokenizer
@@ -196,7 +203,8 @@ class RequestOutputs:
     def text_of(self, sequence: Sequence) -> TextSequence:
         """Return the text side of a sequence, made when it is first seen."""
         if sequence.index not in self.sequences:
-            self.sequences[sequence.index] = TextSequence(sequence, self._tokenizer)
+            text = TextSequence(sequence, self._tokenizer, continues=self._continues)
+            self.sequences[sequence.index] = text
         return self.sequences[sequence.index]
 
     @property

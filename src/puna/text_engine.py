@@ -34,6 +34,7 @@ class TextEngine:
         self.engine = LLMEngine(
             model, config, end_ids=self.end_ids, compile_grammar=self._compile_grammar, proposer=proposer
         )
+        self._special_ids = frozenset(tokenizer.special_tokens.values())
         self._requests: dict[str, RequestOutputs] = {}
         self._compiler: GrammarCompiler | None = None
 
@@ -50,15 +51,22 @@ class TextEngine:
         *,
         priority: int = 0,
         salt: bytes = b"",
+        continues: bool | None = None,
     ) -> RequestOutputs:
-        """Queue a request; text gets the tokenizer's BOS. Raises ParameterError if it can never run."""
+        """Queue a request; text gets the tokenizer's BOS. Raises ParameterError if it can never run.
+
+        `continues` says whether the answer goes on in the middle of a text; by default it does where the
+        prompt holds more than special tokens.
+        """
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.bad_words:
             words = [ids for word in params.bad_words for ids in self._word_ids(word)]
             params = dataclasses.replace(params, bad_words_token_ids=words)
         self.engine.add(request_id, ids, params, priority=priority, salt=salt)
-        outputs = RequestOutputs(request_id, text, self.tokenizer, params.n)
+        if continues is None:
+            continues = not self._special_ids.issuperset(ids)
+        outputs = RequestOutputs(request_id, text, self.tokenizer, params.n, continues=continues)
         self._requests[request_id] = outputs
         return outputs
 

@@ -48,6 +48,8 @@ class TokenGrammar:
 
     def accept(self, token_id: int) -> None:
         """Go on by one token, which must have been allowed."""
+        if self._pending is not None:
+            self._pending.result()
         self._pending = None
         if token_id in self._end_ids:
             return
@@ -65,6 +67,8 @@ class TokenGrammar:
 
     def fork(self) -> TokenGrammar:
         """Return an independent copy at the same place."""
+        if self._pending is not None:
+            self._pending.result()  # the matcher cannot be copied while a mask is being worked out
         return TokenGrammar(self._matcher.deep_copy(), self._end_ids, self._vocab_size)
 
     def _mask(self) -> bytes:
@@ -133,12 +137,25 @@ class _Vocabulary:
         self.bos_token_id = tokenizer.bos_token_id
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted({*tokenizer.special_tokens.values(), *end_ids})
-        self._tokenizer = tokenizer
+        special = set(self.special_token_ids)
+        self._id_of = {text: i for i, text in enumerate(self.tokens) if text and i not in special}
+        self._longest = max(map(len, self._id_of), default=1)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Tokenise text as plain, for llguidance's own look-ahead."""
-        plain = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
-        return self._tokenizer.encode(plain, add_special_tokens=False)
+        """Cut forced text into tokens, longest first: a tokenizer might put a space before it."""
+        data = text.encode() if isinstance(text, str) else text
+        ids: list[int] = []
+        place = 0
+        while place < len(data):
+            for size in range(min(self._longest, len(data) - place), 0, -1):
+                found = self._id_of.get(data[place : place + size])
+                if found is not None:
+                    ids.append(found)
+                    place += size
+                    break
+            else:
+                break
+        return ids
 
 
 def _from_schema(schema: dict[str, Any], options: dict[str, Any]) -> str:
