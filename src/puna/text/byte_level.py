@@ -67,7 +67,7 @@ def from_alphabet(token: str) -> bytes:
     try:
         return bytes([_FROM_ALPHABET[character] for character in token])
     except KeyError:
-        return token.encode()
+        return token.encode(errors="surrogateescape")
 
 
 def merges_of_ranks(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -122,6 +122,9 @@ def build_encoder(
     try:
         model = models.BPE(vocab=dict(vocab), merges=pairs, ignore_merges=ignore_merges)
     except Exception as error:  # the library raises bare Exception, without the place
+        for token, token_id in vocab.items():
+            if any("\ud800" <= character <= "\udfff" for character in token):
+                raise TokenizerError(f"{path}: token {token_id} is not UTF-8") from None
         for index, (left, right) in enumerate(pairs):
             if not {left, right, left + right} <= vocab.keys():
                 raise TokenizerError(

@@ -44,11 +44,11 @@ class TokenBytes:
     def from_decoder(cls, path: Path, decoder: Any) -> TokenBytes:
         """Read the decoder of a tokenizer.json; raise `TokenizerError` for one that no Llama has."""
         result = cls()
-        steps = (
-            decoder["decoders"]
-            if isinstance(decoder, dict) and decoder.get("type") == "Sequence"
-            else [decoder]
-        )
+        match decoder:
+            case {"type": "Sequence", "decoders": [*steps]}:
+                pass
+            case _:
+                steps = [decoder]
         for step in steps:
             result._read_step(path, step)
         return result

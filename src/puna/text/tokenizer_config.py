@@ -155,7 +155,7 @@ def _named_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[str, str]
     return [
         (key, token_text(value, f"{path}: {key}"))
         for key, value in config.items()
-        if key.endswith("_token") and value is not None and not isinstance(value, bool)
+        if key.endswith("_token") and key not in ("add_bos_token", "add_eos_token") and value is not None
     ]
 
 

@@ -120,7 +120,7 @@ def _read_vocab(path: Path, data: _Json) -> dict[str, int]:
 
 
 def _read_added_tokens(path: Path, data: _Json, vocab: Mapping[str, int]) -> dict[str, _Json]:
-    entries = data.get("added_tokens") or []
+    entries = data.get("added_tokens", [])
     if not isinstance(entries, list):
         raise TokenizerError(f"{path}: added_tokens is no list")
     added: dict[str, _Json] = {}

@@ -9,6 +9,7 @@ readers yield the names of our modules.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from puna.weights.quant import QuantTensor, swap_in
 
 logger = logging.getLogger(__name__)
 
-_SPLIT_GGUF = "-00001-of-"
+_GGUF_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
 class Checkpoint(Protocol):
@@ -57,10 +58,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     Raises ModelNotFoundError, CheckpointError, ConfigError, UnsupportedError.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
+        path = path.expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a NUL, of no user (~x)
         raise ModelNotFoundError(f"{str(path)!r}: {error}") from error
     if is_folder:
         return _open_folder(path)
@@ -100,7 +102,8 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _list_ggufs(folder: Path) -> list[Path]:
     """Return the GGUF models of a folder, the first file of each split one; projectors are no models."""
     paths = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
-    return [p for p in paths if "-of-" not in p.stem or _SPLIT_GGUF in p.stem] or paths[:1]
+    parts = {path: _GGUF_PART.search(path.name) for path in paths}
+    return [p for p, part in parts.items() if part is None or int(part[1]) == 1] or paths[:1]
 
 
 def _what_is_missing(folder: Path, hf_files: list[str], has_shards: bool) -> str:
