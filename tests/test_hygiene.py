@@ -24,7 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels"},
     "weights": {"model", "kernels", "gguf_header"},
     "engine": {"weights", "model", "kernels"},
-    "session": {"engine", "weights", "model", "text", "cria", "gguf_header"},
+    "locate": {"cria", "gguf_header"},
+    "outputs": {"engine", "text"},
+    "text_engine": {"outputs", "engine", "model", "text"},
+    "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
     "auto",

@@ -111,8 +111,8 @@ def test_logprobs_name_their_tokens(llm: LLM) -> None:
     [
         (StructuredOutputsParams(choice=["yes", "no"]), lambda text: text in ("yes", "no")),
         (StructuredOutputsParams(regex="[0-9]{3}-[a-f]{2}"), lambda text: len(text) == 6 and text[3] == "-"),
-        (StructuredOutputsParams(grammar='root ::= "a" | "b" root'), lambda text: set(text) <= {"a", "b"}),
-        (StructuredOutputsParams(grammar='start: "x" ("," "x")*'), lambda text: set(text) <= {"x", ","}),
+        (StructuredOutputsParams(grammar='root ::= "a" | "b"'), lambda text: text in ("a", "b")),
+        (StructuredOutputsParams(grammar='start: "x" ("," "x")~0..5'), lambda text: set(text) <= {"x", ","}),
         (
             StructuredOutputsParams(
                 json={"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]},

@@ -55,6 +55,7 @@ class EngineConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
+    num_blocks: int | None = None  # goes before both
     kv_cache_dtype: KVDtype = "auto"
     max_logprobs: int = MAX_LOGPROBS
     seed: int | None = None  # of the requests without one; None: from the system
@@ -346,7 +347,9 @@ class LLMEngine:
         dtype = weight.dtype if config.kv_cache_dtype == "auto" else _KV_DTYPES[config.kv_cache_dtype]
         block_bytes = bytes_per_block(self.model.config, size, dtype)
         budget = config.kv_cache_memory_bytes
-        if budget is None:
+        if config.num_blocks is not None:
+            budget = config.num_blocks * block_bytes
+        elif budget is None:
             budget = cache_budget(weight.device, config.gpu_memory_utilization)
         most = config.max_num_seqs * -(-self.max_model_len // size)
         num_blocks = min(budget // block_bytes, most)
