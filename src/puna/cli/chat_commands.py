@@ -133,7 +133,7 @@ class ChatCommands:
             case ["system"]:
                 self._say(self._state.system or "No system message was specified for this model.")
             case ["template"]:
-                self._say(self._facts().chat_template or "No prompt template was specified for this model.")
+                self._say(self._state.template or "No prompt template was specified for this model.")
             case [name, *_]:
                 self._say(f"Unknown command '/show {name}'. Type /? for help")
 

@@ -79,4 +79,4 @@ def help_text(words: list[str]) -> str:
 
 
 def _titled(title: str, lines: list[str]) -> str:
-    return "\n".join([title, *lines, "", ""])
+    return "\n".join([title, *lines, ""])

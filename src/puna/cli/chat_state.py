@@ -20,6 +20,8 @@ from puna.cli.timings import usage_lines
 from puna.engine.sampling import SamplingParams
 from puna.errors import ParameterError
 from puna.session import Session, default_sampling
+from puna.text.formats import BUILT_IN
+from puna.text.tokenizer import Tokenizer
 
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
     "auto": "auto",
@@ -31,12 +33,16 @@ DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Say how a model is loaded and prompted."""
+    """Say how a model is loaded and prompted; raises ParameterError for a format that is not built in."""
 
     dtype: str = "auto"
     device: str = "cpu"
     chat_format: str | None = None  # the name of a built-in format that replaces the model's
     raw: bool = False  # continue texts, whatever the model
+
+    def __post_init__(self) -> None:
+        if self.chat_format is not None and self.chat_format not in BUILT_IN:
+            raise ParameterError(f"chat format {self.chat_format!r} is not known: {', '.join(BUILT_IN)} are")
 
 
 def open_session(path: Path, options: ModelOptions) -> TextModel:
@@ -80,7 +86,12 @@ class ChatState:
         model = self._open_model(path, self.options)
         self._load_seconds = time.monotonic() - began
         self.path, self.model, self.default_sampling = path, model, defaults
-        self.conversation = self._new_conversation() if self._has_chat_format() else None
+        self.template, guessed = _find_template(path, model.tokenizer, self.options)
+        self.conversation = None if self.template is None else self._new_conversation(self.template)
+        if guessed is not None:
+            self.terminal.notice(
+                f"[the chat format is taken to be {guessed}'s; --raw continues text instead]"
+            )
 
     @property
     def system(self) -> str | None:
@@ -116,18 +127,31 @@ class ChatState:
             return self.conversation.ask(text, params)
         return continue_text(self.model, text, params, parse_special=self.options.raw)
 
-    def _has_chat_format(self) -> bool:
-        if self.options.raw:
-            return False
-        return self.options.chat_format is not None or self.model.tokenizer.chat_template is not None
+    def _new_conversation(self, template: str) -> Conversation:
+        from puna.text.chat import encode_chat
 
-    def _new_conversation(self) -> Conversation:
-        from puna.text.chat import render_chat  # brings jinja, which texts to continue do not need
-
-        tokenizer, template = self.model.tokenizer, self.options.chat_format
+        tokenizer = self.model.tokenizer
         return Conversation(
             self.model,
-            render=lambda messages: render_chat(tokenizer, messages, template=template),
+            render=lambda messages: encode_chat(tokenizer, messages, template=template),
             notice=self.terminal.notice,
             system=self._system,
         )
+
+
+def _find_template(path: Path, tokenizer: Tokenizer, options: ModelOptions) -> tuple[str | None, str | None]:
+    """Return the chat template to use, None for a model that continues text, and its name if it is guessed.
+
+    A model that could have brought a template and has none is a base model. Meta's folders cannot: there the
+    vocabulary shows the format.
+    """
+    if options.raw:
+        return None, None
+    if options.chat_format is not None:
+        return BUILT_IN[options.chat_format], None
+    if tokenizer.chat_template is None and (path / "params.json").is_file():
+        from puna.text.chat import find_built_in  # brings jinja, which texts to continue do not need
+
+        name = find_built_in(tokenizer)
+        return (None, None) if name is None else (BUILT_IN[name], name)
+    return tokenizer.chat_template, None

@@ -95,9 +95,10 @@ def count_parameters(config: LlamaConfig) -> tuple[int, int]:
     """Return how many parameters the model has, and how many of them one token uses."""
     import torch
 
+    from puna.cli.shape_only import ShapeOnly
     from puna.model import Llama
 
-    with torch.device("meta"):
+    with torch.device("meta"), ShapeOnly():
         sizes = {name: tensor.numel() for name, tensor in Llama(config).named_parameters()}
     total = sum(sizes.values())
     routed = sum(size for name, size in sizes.items() if ".experts." in name)

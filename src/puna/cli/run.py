@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from puna.cli.terminal import Terminal
 from puna.errors import ModelNotFoundError, ParameterError
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def run(
         list[str] | None, typer.Option(metavar="TEXT", help="End an answer before TEXT; can be repeated.")
     ] = None,
     chat_format: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Use this chat format, not the model's own.")
+        str | None,
+        typer.Option(metavar="NAME", help="llama2, llama3, llama3.1, ..., llama4: not the model's own."),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use no chat format: continue the text.")] = False,
     dtype: Annotated[
@@ -101,18 +103,19 @@ def run(
     )
     if raw and (system is not None or chat_format is not None):
         raise typer.BadParameter("--raw uses no chat format: it goes with neither --system nor --chat-format")
-    from puna.cli.chat_state import ChatState, ModelOptions  # these import torch
-    from puna.cli.terminal import Terminal
+    terminal = Terminal.standard()
+    with terminal.busy(f"loading {path.name}"):
+        from puna.cli.chat_state import ChatState, ModelOptions  # these import torch, which takes its time
 
-    state = ChatState(
-        Terminal.standard(),
-        ModelOptions(dtype=dtype.value, device=device, chat_format=chat_format, raw=raw),
-        sampling=sampling,
-        system=system,
-        verbose=verbose,
-        wordwrap=not nowordwrap,
-    )
-    state.load(path)
+        state = ChatState(
+            terminal,
+            ModelOptions(dtype=dtype.value, device=device, chat_format=chat_format, raw=raw),
+            sampling=sampling,
+            system=system,
+            verbose=verbose,
+            wordwrap=not nowordwrap,
+        )
+        state.load(path)
     if text is None:
         _talk(state)
     else:

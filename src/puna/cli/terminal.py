@@ -8,12 +8,14 @@ from __future__ import annotations
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
 _MARGIN = 5  # columns kept free on the right, as in Ollama
 _NARROWEST = 10 + _MARGIN
+_CLEAR_LINE = "\x1b[K"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,20 @@ class Terminal:
         """Print a line that is no part of an answer."""
         self.err.write(text + "\n")
         self.err.flush()
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Show a person what is taken time by, and take it away afterwards."""
+        if not self.err.isatty():
+            yield
+            return
+        self.err.write(f"{text} ...\r")  # so that a warning meanwhile is written over it
+        self.err.flush()
+        try:
+            yield
+        finally:
+            self.err.write(_CLEAR_LINE)
+            self.err.flush()
 
     def stream(self, pieces: Iterable[str], *, wordwrap: bool) -> None:
         """Print pieces as they come; a terminal gets a newline at the end, also when they are cut off."""

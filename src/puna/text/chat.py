@@ -43,10 +43,10 @@ def encode_chat(
 ) -> list[int]:
     """Return the ids of a chat, with one BOS at the front.
 
-    `template` is jinja text, or the name of one of the checkpoint's; `chat_format` is a name of `BUILT_IN`.
-    `add_generation_prompt` opens the assistant's turn (by default, unless the final message is continued).
-    `date` is what the template writes as today; without it, what the official templates take: today, or Llama
-    3.1's fixed date. `variables` are what the template asks for beyond these.
+    `template` is jinja text, or the name of one of the checkpoint's or of `BUILT_IN`; `chat_format` is a name
+    of `BUILT_IN` only. `add_generation_prompt` opens the assistant's turn (by default, unless the final
+    message is continued). `date` is what the template writes as today; without it, what the official ones
+    take: today, or Llama 3.1's fixed date. `variables` are what the template asks for beyond these.
 
     Raises `ParameterError` for a message, tool or variable that is wrong, `TemplateError` when there is no
     template or it fails, `UnsupportedError` for images and for tools that the template has no place for.
@@ -127,7 +127,7 @@ def choose_template(
     if template is not None and chat_format is not None:
         raise ParameterError("template and chat_format: give one of them")
     if template is not None:
-        return tokenizer.chat_templates.get(template, template)
+        return tokenizer.chat_templates.get(template) or BUILT_IN.get(template, template)
     if chat_format is not None:
         if chat_format not in BUILT_IN:
             raise ParameterError(f"chat_format is {chat_format!r}; known are {', '.join(BUILT_IN)}")

@@ -247,7 +247,6 @@ FILTERS: Mapping[str, Function] = {
     "safe": _on_text(_plain),
     "select": _on_value(filters.do_select, "context", _check_letters),
     "selectattr": _on_value(filters.do_selectattr, "context", _check_letters),
-    "slice": _on_value(filters.do_slice, check=_check_groups),
     "sort": _on_value(filters.do_sort, "environment", _check_letters),
     "string": _on_text(_plain),
     "sum": _on_value(_sum, "environment"),

@@ -42,9 +42,8 @@ _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 class Budget:
     """Count what one rendering costs, and stop it with `TemplateError` when that is too much."""
 
-    def __init__(self, seconds: float = MAX_SECONDS) -> None:
-        self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + MAX_SECONDS
         self._steps = 0
         self._made = 0
 
@@ -54,7 +53,7 @@ class Budget:
         if self._steps > MAX_STEPS:
             _stop(f"it takes more than {MAX_STEPS:,} steps")
         if time.monotonic() > self._deadline:
-            _stop(f"it takes more than {self._seconds:g} seconds")
+            _stop(f"it takes more than {MAX_SECONDS:g} seconds")
 
     def allow(self, chars: int) -> None:
         """Check the size of a string that is about to be made."""
