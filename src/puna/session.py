@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from puna.locate import default_sampling as default_sampling
-from puna.locate import find_model as find_model
-
 if TYPE_CHECKING:
     import torch
 

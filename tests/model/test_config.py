@@ -162,9 +162,7 @@ GGUF: dict[str, Any] = {
 
 def test_gguf_metadata() -> None:
     config = LlamaConfig.from_gguf(GGUF, vocab_size=96, rope_freqs=[1.0, 1.0, 4.0, 8.0])
-    expected = LlamaConfig.from_hf(
-        TINY | {"num_key_value_heads": 2, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
-    )
+    expected = LlamaConfig.from_hf(TINY | {"num_key_value_heads": 2, "rope_theta": 5e5, "rms_norm_eps": 1e-5})
     assert config.rope.freq_factors == (1.0, 1.0, 4.0, 8.0)
     assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (64, 8, 2)
     assert config.rms_norm_eps == expected.rms_norm_eps and config.eos_token_ids == (2,)
