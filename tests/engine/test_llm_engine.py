@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -217,6 +218,20 @@ def test_abort_gives_the_blocks_back_at_once(model: Llama) -> None:
     assert set(engine._sequences) == {"b"}
     expected = run(model, [[2] * 20])[0]
     assert drain(engine)["b"][0].output_ids == expected
+
+
+def test_a_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
+    engine = engine_for(puna_twin(hf_llama(num_hidden_layers=1)), max_num_seqs=64)
+    random = Random(0)
+    for i in range(1000):
+        prompt = [random.randrange(96) for _ in range(random.randrange(1, 9))]
+        engine.add(str(i), prompt, SamplingParams(max_tokens=random.randrange(1, 5), n=random.randrange(1, 3)))
+        if random.random() < 0.2:
+            engine.step()
+        if random.random() < 0.3:
+            engine.abort(str(random.randrange(i + 1)))
+    drain(engine)
+    assert not engine.scheduler.running and not engine.scheduler.waiting
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
