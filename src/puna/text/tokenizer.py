@@ -8,12 +8,14 @@ tiktoken, SentencePiece and Transformers for the same files. Knows no chat forma
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 from puna.errors import ModelNotFoundError, ParameterError, TokenizerError
+from puna.gguf_header import MAGIC as GGUF_MAGIC
 from puna.gguf_header import read_metadata
 from puna.text.gguf_vocab import read_gguf_vocab
 from puna.text.sentencepiece_file import read_sentencepiece
@@ -128,7 +130,8 @@ class Tokenizer:
         Equals what `stream` gives for them. Raises `ParameterError` for an id outside the vocabulary.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset()
-        data = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in skipped])
+        numbers = map(operator.index, ids)
+        data = b"".join([self.token_bytes(token_id) for token_id in numbers if token_id not in skipped])
         if self._parts.drops_leading_space:
             data = data.removeprefix(b" ")
         return data.decode(errors=self._parts.utf8_errors)
@@ -173,7 +176,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     `ModelNotFoundError` when there is none and `TokenizerError` for one that cannot be used.
     """
     file = _find_file(Path(path))
-    return Tokenizer(_read(file), file)
+    try:
+        return Tokenizer(_read(file), file)
+    except RecursionError:
+        raise TokenizerError(f"{file}: nested too deeply") from None
 
 
 def _find_file(path: Path) -> Path:
@@ -209,12 +215,14 @@ def _find_gguf(folder: Path) -> Path:
 
 
 def _read(path: Path) -> TokenizerParts:
-    if path.suffix == ".gguf":
-        return read_gguf_vocab(path, read_metadata(path))
-    if path.suffix == ".json":
-        return read_tokenizer_json(path, read_tokenizer_config(path.parent))
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            start = file.read(4)
+            if path.suffix == ".gguf" or start == GGUF_MAGIC:  # Ollama's blobs have no suffix
+                return read_gguf_vocab(path, read_metadata(path))
+            if path.suffix == ".json":
+                return read_tokenizer_json(path, read_tokenizer_config(path.parent))
+            data = start + file.read()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     config = read_tokenizer_config(path.parent) if _has_config(path.parent) else None

@@ -1,0 +1,86 @@
+"""Ask cria the held-out questions and count the right answers.
+
+    python -m examples.cria.evaluate [FOLDER] [--wrong]     # without a folder: the embedded model
+
+Decoding is greedy; an answer is right if it matches the question's regular expression and ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from puna.cria import FOLDER
+from puna.engine.generate import generate, start
+from puna.engine.sampling import SamplingParams
+from puna.model import Llama
+from puna.text.chat import encode_chat
+from puna.text.tokenizer import Tokenizer, load_tokenizer
+from puna.weights.loader import load_model
+
+from examples.cria.corpus import HeldOut, held_out_questions
+
+MAX_TOKENS = 120
+_TOGETHER = 32
+
+
+def answer_all(model: Llama, tokenizer: Tokenizer, questions: Sequence[str]) -> list[str]:
+    """Return the greedy answer to each question alone; one that does not end by itself ends with "..."."""
+    answers: list[str] = []
+    for first in range(0, len(questions), _TOGETHER):
+        params = SamplingParams(
+            temperature=0.0, max_tokens=MAX_TOKENS, stop_token_ids=tuple(sorted(tokenizer.eos_token_ids))
+        )
+        prompts = [
+            encode_chat(tokenizer, [{"role": "user", "content": question}])
+            for question in questions[first : first + _TOGETHER]
+        ]
+        sequences = [start(model, prompt, params) for prompt in prompts]
+        for _ in generate(model, sequences):
+            pass
+        for sequence in sequences:
+            text = tokenizer.decode(sequence.output_ids, skip_special_tokens=True)
+            answers.append(text if sequence.finish_reason == "stop" else text + "...")
+    return answers
+
+
+def is_right(item: HeldOut, answer: str) -> bool:
+    """Say whether the answer ended and holds what was expected."""
+    return not answer.endswith("...") and re.search(item.expect, answer) is not None
+
+
+def main() -> None:
+    """Evaluate and write one line per category as JSON, with the wrong answers if wanted."""
+    parser = argparse.ArgumentParser(description="Ask cria the held-out questions.")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--wrong", action="store_true", help="show the wrong answers")
+    arguments = parser.parse_args()
+    items = held_out_questions()
+    model, tokenizer = load_model(arguments.folder), load_tokenizer(arguments.folder)
+    answers = answer_all(model, tokenizer, [item.question for item in items])
+    asked, right = Counter[str](), Counter[str]()
+    for item, answer in zip(items, answers, strict=True):
+        good = is_right(item, answer)
+        for category in (item.category, "all"):
+            asked[category] += 1
+            right[category] += good
+        if arguments.wrong and not good:
+            sys.stdout.write(f"{item.category}: {item.question}\n  {answer}\n  wanted: {item.expect}\n")
+    for category in asked:
+        accuracy = round(right[category] / asked[category], 4)
+        line = {
+            "category": category,
+            "right": right[category],
+            "asked": asked[category],
+            "accuracy": accuracy,
+        }
+        sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
