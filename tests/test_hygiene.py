@@ -30,12 +30,14 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
+    "async_llm",
     "auto",
     "auto_encoding",
     "auto_generation",
     "auto_model",
     "auto_tokenizer",
     "cli",
+    "llm",
     "server",
     "train",
     "__init__",
@@ -90,4 +92,15 @@ def test_importing_puna_and_its_command_line_imports_no_torch() -> None:
 
 
 def test_public_names() -> None:
-    assert puna.__all__ == ["AutoModelForCausalLM", "AutoTokenizer", "__version__"]
+    assert puna.__all__ == [
+        "AsyncLLM",
+        "AutoModelForCausalLM",
+        "AutoTokenizer",
+        "BeamSearchParams",
+        "CompletionOutput",
+        "LLM",
+        "RequestOutput",
+        "SamplingParams",
+        "StructuredOutputsParams",
+        "__version__",
+    ]

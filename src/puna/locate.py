@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ def find_model(name: str | None) -> Path:
         from puna.cria import FOLDER
 
         return FOLDER
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    path = os.path.expanduser(name)
+    if os.path.exists(path):  # unlike Path.exists, it takes names that no file can have
+        return Path(path)
+    shown = name if len(name) <= 80 else name[:77] + "..."
     raise ModelNotFoundError(
-        f"no model {name!r}: give a folder with a checkpoint, a .gguf file, or 'cria', the embedded model"
+        f"no model {shown!r}: give a folder with a checkpoint, a .gguf file, or 'cria', the embedded model"
     )
 
 

@@ -14,7 +14,7 @@ CALL = {"function": {"name": "f", "arguments": {"x": 1}}}
 
 def test_contents_become_strings() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    given = [
+    given: list[dict[str, Any]] = [
         {"role": "user", "content": parts},
         {"role": "tool", "content": "", "name": "f", "tool_call_id": "1"},
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puna.cli import chat_help
-from puna.cli.chat_state import ChatState
+from puna.cli.chat_state import NO_CHAT_FORMAT, ChatState
 from puna.cli.model_facts import ModelFacts, facts_lines, read_facts
 from puna.cli.modelfile import modelfile
 from puna.cli.sampling_options import columns, parameter_rows, parse_parameter
@@ -70,6 +70,8 @@ class ChatCommands:
         path = find_model(name)
         self._say(f"Loading model '{name}'")
         self._state.load(path)
+        if self._state.conversation is None:
+            self._say(NO_CHAT_FORMAT)
 
     def _set(self, text: str) -> None:
         state = self._state

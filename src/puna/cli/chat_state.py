@@ -24,6 +24,8 @@ from puna.session import Session
 from puna.text.formats import BUILT_IN
 from puna.text.tokenizer import Tokenizer
 
+NO_CHAT_FORMAT = "This model has no chat format: it continues each text you type."
+
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
     "auto": "auto",
     "float32": torch.float32,

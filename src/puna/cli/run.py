@@ -153,7 +153,8 @@ def _find(model: str | None, *, has_prompt: bool) -> Path:
     except ModelNotFoundError as error:
         if has_prompt or model is None:
             raise
-        raise ModelNotFoundError(f"{error} (to prompt it: puna run cria {shlex.quote(model)})") from None
+        shown = shlex.quote(model if len(model) <= 80 else model[:77] + "...")
+        raise ModelNotFoundError(f"{error} (to prompt it: puna run cria {shown})") from None
 
 
 def _one_shot_text(words: list[str]) -> str | None:

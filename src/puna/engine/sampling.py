@@ -180,5 +180,9 @@ def _within(name: str, value: float, low: float, high: float, *, above: bool = F
 def _integer(name: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ParameterError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ParameterError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ParameterError(f"{name} must be at least {low}, got {value}")
+    if value > high:
+        raise ParameterError(f"{name} must be at most {high}, got {value}")
