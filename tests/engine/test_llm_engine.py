@@ -225,7 +225,9 @@ def test_a_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
     random = Random(0)
     for i in range(1000):
         prompt = [random.randrange(96) for _ in range(random.randrange(1, 9))]
-        engine.add(str(i), prompt, SamplingParams(max_tokens=random.randrange(1, 5), n=random.randrange(1, 3)))
+        engine.add(
+            str(i), prompt, SamplingParams(max_tokens=random.randrange(1, 5), n=random.randrange(1, 3))
+        )
         if random.random() < 0.2:
             engine.step()
         if random.random() < 0.3:
