@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from puna.session import find_model
+from puna.locate import find_model
 from tiny_chat import save_chat_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -15,15 +15,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from puna.cria import FOLDER
+from examples.cria.corpus import HeldOut, held_out_questions
 from puna.engine.generate import generate, start
+
+from puna.cria import FOLDER
 from puna.engine.sampling import SamplingParams
 from puna.model import Llama
 from puna.text.chat import encode_chat
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.weights.loader import load_model
-
-from examples.cria.corpus import HeldOut, held_out_questions
 
 MAX_TOKENS = 120
 _TOGETHER = 32

@@ -18,8 +18,8 @@ from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
 from puna.auto_tokenizer import PretrainedTokenizer
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
+from puna.locate import find_model
 from puna.model import LlamaConfig
-from puna.session import find_model
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.text.tokenizer_config import read_json
 from puna.weights.loader import load_model, open_checkpoint

@@ -1,4 +1,4 @@
-"""Configs from all three kinds of metadata, the real lineup's parameter counts, and refusals that name the key."""
+"""Configs from all kinds of metadata, the lineup's parameter counts, and refusals that name the key."""
 
 from __future__ import annotations
 

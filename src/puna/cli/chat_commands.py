@@ -13,7 +13,7 @@ from puna.cli.model_facts import ModelFacts, facts_lines, read_facts
 from puna.cli.modelfile import modelfile
 from puna.cli.sampling_options import columns, parameter_rows, parse_parameter
 from puna.errors import ParameterError
-from puna.session import find_model
+from puna.locate import find_model
 
 _NOT_AVAILABLE = {
     "/list": "'/list' is not available: Puna keeps no library of models yet. /load takes a path.",

@@ -19,7 +19,8 @@ from puna.cli.terminal import Terminal
 from puna.cli.timings import usage_lines
 from puna.engine.sampling import SamplingParams
 from puna.errors import ParameterError
-from puna.session import Session, default_sampling
+from puna.locate import default_sampling
+from puna.session import Session
 from puna.text.formats import BUILT_IN
 from puna.text.tokenizer import Tokenizer
 

@@ -57,7 +57,7 @@ def read_facts(path: Path) -> ModelFacts:
 
     Raises what `open_checkpoint` and `load_tokenizer` raise.
     """
-    from puna.session import default_sampling
+    from puna.locate import default_sampling
     from puna.text.tokenizer import load_tokenizer
     from puna.weights.loader import open_checkpoint
 

@@ -146,7 +146,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _find(model: str | None, *, has_prompt: bool) -> Path:
-    from puna.session import find_model
+    from puna.locate import find_model
 
     try:
         return find_model(model)
