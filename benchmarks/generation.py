@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import make_checkpoint
 
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.sampling import SamplingParams
 from puna.weights.loader import load_model
+
+from shapes import make_checkpoint
 
 Generate = Callable[[list[int], int], list[int]]
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.cria.corpus import HeldOut, held_out_questions
-from puna.engine.generate import generate, start
 
 from puna.cria import FOLDER
+from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.sampling import SamplingParams
 from puna.model import Llama
 from puna.text.chat import encode_chat
@@ -31,21 +31,18 @@ _TOGETHER = 32
 
 def answer_all(model: Llama, tokenizer: Tokenizer, questions: Sequence[str]) -> list[str]:
     """Return the greedy answer to each question alone; one that does not end by itself ends with "..."."""
-    answers: list[str] = []
-    for first in range(0, len(questions), _TOGETHER):
-        params = SamplingParams(
-            temperature=0.0, max_tokens=MAX_TOKENS, stop_token_ids=tuple(sorted(tokenizer.eos_token_ids))
-        )
-        prompts = [
-            encode_chat(tokenizer, [{"role": "user", "content": question}])
-            for question in questions[first : first + _TOGETHER]
-        ]
-        sequences = [start(model, prompt, params) for prompt in prompts]
-        for _ in generate(model, sequences):
-            pass
-        for sequence in sequences:
-            text = tokenizer.decode(sequence.output_ids, skip_special_tokens=True)
-            answers.append(text if sequence.finish_reason == "stop" else text + "...")
+    engine = LLMEngine(model, EngineConfig(max_num_seqs=_TOGETHER), end_ids=tokenizer.eos_token_ids)
+    for number, question in enumerate(questions):
+        prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
+        engine.add(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
+    answers = [""] * len(questions)
+    while engine.has_unfinished:
+        for output in engine.step():
+            sequence = output.sequence
+            if sequence.finish_reason is not None:
+                text = tokenizer.decode(sequence.output_ids, skip_special_tokens=True)
+                cut = "" if sequence.finish_reason == "stop" else "..."
+                answers[int(sequence.request_id)] = text + cut
     return answers
 
 

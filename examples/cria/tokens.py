@@ -87,7 +87,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[bo
 
     All of a plain text is learned; of a chat, what the assistant says, with the token that ends its turn.
     """
-    special: dict[str, int] = {name: tokenizer.token_to_id(name) for name in SPECIALS}
+    special = {name: token_id for name in SPECIALS if (token_id := tokenizer.token_to_id(name)) is not None}
     ids, learned = [special["<|begin_of_text|>"]], [False]
     if isinstance(document, str):
         text = tokenizer.encode(document, add_special_tokens=False).ids

@@ -159,7 +159,7 @@ class DocumentAttention(PackedAttention):
         """See `puna.model.attention.Attention`; there is no chunking in cria."""
         sizes = [end - start for start, end in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
         parts = zip(*(torch.split(x, sizes) for x in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*part, scale) for part in parts])
+        return torch.cat([causal_attention(*part, scale=scale) for part in parts])
 
 
 def save_checkpoint(

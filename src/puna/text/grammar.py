@@ -162,7 +162,7 @@ def _from_schema(schema: dict[str, Any], options: dict[str, Any]) -> str:
     from llguidance import LLMatcher
 
     try:
-        return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))  # type: ignore[arg-type]
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides=options))
     except ValueError as error:
         raise ParameterError(f"bad JSON schema: {error}") from error
 
