@@ -158,8 +158,8 @@ class DocumentAttention(PackedAttention):
     ) -> Tensor:
         """See `puna.model.attention.Attention`; there is no chunking in cria."""
         sizes = [end - start for start, end in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
-        parts = zip(*(torch.split(x, sizes) for x in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*part, scale=scale) for part in parts])
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        return torch.cat([causal_attention(*part, scale) for part in parts])
 
 
 def save_checkpoint(
