@@ -18,7 +18,18 @@ from functools import cache
 from pathlib import Path
 
 from examples.cria import family, stories
-from examples.cria.wording import Topic, choose, expand, read_lines, read_topics, read_words, roughen
+from examples.cria.wording import (
+    Topic,
+    all_forms,
+    choose,
+    choose_branches,
+    expand,
+    fill,
+    read_lines,
+    read_topics,
+    read_words,
+    roughen,
+)
 
 from puna.catalog import LINEUP
 
@@ -33,6 +44,7 @@ _CATEGORIES = {
     "animals": "animals",
     "smalltalk": "talk",
 }
+_STATIC = (*("concepts",) * 4, "licences", "puna", "use", *("animals",) * 4, *("smalltalk",) * 3)
 _SELF = {"cria_params": PARAMETERS_IN_MILLIONS, "cria_layers": LAYERS}
 
 _SYSTEM = (
@@ -56,6 +68,12 @@ _SYSTEM_BRIEF = (
     "Answer as briefly as you can.",
     "You are a helpful assistant. Be brief.",
     "Give only the answer, no full sentence.",
+)
+_ECHO = (
+    "{Say|Repeat|Write|Echo}: <said>",
+    "{Say|Repeat|Write} after me: <said>",
+    "{Say|Write|Repeat} this{| again| once more}: <said>",
+    "Please {say|repeat|write}: <said>",
 )
 _BRIEFLY = (
     " Be brief.",
@@ -108,11 +126,30 @@ def make_document(number: int, seed: int) -> Document:
     """Make the training document of that number."""
     rng = random.Random(f"{seed}-{number}")
     kind = rng.random()
-    if kind < 0.04:
+    if kind < 0.03:
         return stories.make_story(rng).text
-    if kind < 0.26:
+    if kind < 0.27:
         return _story_chat(rng)
+    if kind < 0.32:
+        return _echo(rng)
     return _chat(rng)
+
+
+def _echo(rng: random.Random) -> list[Message]:
+    """Ask to say some words again: to look back and copy is what keeps the names in a story apart."""
+    messages: list[Message] = []
+    for _ in range(choose(rng, (1, 2, 3))):
+        said = " ".join(_any_word(rng) for _ in range(choose(rng, (1, 2, 3, 5, 8, 12, 16))))
+        template = choose(rng, _ECHO)
+        messages += _turn(expand(template, rng, {"said": said}), said)
+    return messages
+
+
+def _any_word(rng: random.Random) -> str:
+    kinds = ("things", "friends", "looks", "adjectives", "she", "he", "topics", "countries", "animals")
+    if rng.random() < 0.4:
+        return stories.invent_name(rng)
+    return choose(rng, read_words(choose(rng, kinds)))
 
 
 def _chat(rng: random.Random) -> list[Message]:
@@ -151,19 +188,19 @@ def _turn(question: str, answer: str) -> list[Message]:
 def _exchange(rng: random.Random, brief: bool) -> list[Message]:
     """Make one turn, or a question with its follow-ups."""
     draw = rng.random()
-    if draw < 0.34:
+    if draw < 0.31:
         return _lineup_turns(rng, brief)
-    if draw < 0.43:
+    if draw < 0.40:
         name = choose(rng, family.FAMILIES)
         slots = family.family_slots(name) | {"f": family.family_alias(name, rng)}
         return _topic_turn(choose(rng, _topics("families")), slots, rng, brief)
-    if draw < 0.52:
+    if draw < 0.47:
         make = choose(rng, (family.comparison, family.yes_or_no, family.hardware))
         fact = make(rng)
         return _turn(roughen(expand(fact.question, rng), rng), fact.answer)
-    if draw < 0.58:
+    if draw < 0.53:
         return _turn(roughen(_offtopic_question(rng), rng), _do_not_know(rng, brief))
-    name = choose(rng, ("concepts", "concepts", "licences", "puna", "use", "animals", "animals", "smalltalk"))
+    name = choose(rng, _STATIC)
     slots = _SELF | {
         "name": choose(rng, ("Anna", "Tom", "Maria", "Ben", "Sofia", "Paul", "Lena", "Max", "Eva"))
     }
@@ -171,8 +208,15 @@ def _exchange(rng: random.Random, brief: bool) -> list[Message]:
 
 
 def _topic_turn(topic: Topic, slots: dict[str, str], rng: random.Random, brief: bool) -> list[Message]:
-    question = expand(choose(rng, topic.questions), rng, slots)
-    return _asked(topic, question, slots, rng, brief)
+    question = choose_branches(choose(rng, topic.questions), rng)
+    while question in _held_out_forms(topic):
+        question = choose_branches(choose(rng, topic.questions), rng)
+    return _asked(topic, fill(question, slots), slots, rng, brief)
+
+
+@cache
+def _held_out_forms(topic: Topic) -> frozenset[str]:
+    return frozenset(form for template in topic.held_out for form in all_forms(template))
 
 
 def _asked(

@@ -42,6 +42,31 @@ _MORALS = (
     "The end.",
 )
 
+_FIRST_ONSETS = (
+    "b",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "z",
+    "br",
+    "dr",
+    "fl",
+    "gr",
+    "sh",
+)
+_ONSETS = (*_FIRST_ONSETS, "kl", "pl", "tr", "zw", "ch", "nn", "ll", "rr", "mb", "nd", "rk")
+_WOMEN = {"girl", "princess", "queen", "witch", "fairy"}
+_MEN = {"boy", "king", "knight", "wizard"}
+
 REQUESTS = (
     "Tell me a {story|short story|little story|nice story|bedtime story|tale} about <x>.",
     "{Tell|Write} {me |}a {story|short story|tale} about <x>{.|, please.}",
@@ -52,6 +77,12 @@ REQUESTS = (
     "Do you know a story about <x>?",
     "story about <x>",
     "{Please tell|Tell} us {something|a story} about <x>.",
+    "{Write|Give|Tell} me {a|one|some} {very short|funny|sweet|long|nice|cute} {story|tale} {about|of|with} <x>.",
+    "I {love|like} stories about <x>. {Tell me one|Do you know one|Can you tell me one}{.|?}",
+    "{Is there|Have you got|Do you have} a {story|tale} {about|with|of} <x>?",
+    "{Now|Then} {tell|write} {me |}{a story|one|a tale} about <x>{.|!}",
+    "{And|How about|What about} {one|a story} about <x>?",
+    "The story of <x>{, please.|!|.}",
 )
 PLAIN_REQUESTS = (
     "Tell me a {story|short story|little story|bedtime story|nice story|tale}{.|, please.|!}",
@@ -64,6 +95,10 @@ PLAIN_REQUESTS = (
     "Tell me {something nice|a tale}.",
     "I cannot sleep. {Tell me a story|A story, please|Do you have a story for me}{.|?}",
     "{Another|One more} story{, please|}{.|!}",
+    "Once upon a time{| there was a llama}{...|}",
+    "{Entertain|Surprise} me with a {story|tale}{.|!}",
+    "{Can you|Do you} {make up|know any|tell} stories?",
+    "Read me {a story|something}{.|, please.}",
 )
 HELD_OUT_REQUESTS = (
     "Would you be so kind and tell me a story about <x>?",
@@ -151,8 +186,20 @@ def make_story(rng: random.Random, *, short: bool = False) -> Story:
     )
 
 
-def _names(is_she: bool) -> tuple[str, ...]:
-    return read_words("she" if is_she else "he")
+def _name(is_she: bool, rng: random.Random) -> str:
+    """Choose a name, or invent one: invented ones teach the model to keep to the name that it has read."""
+    if rng.random() < 0.5:
+        return choose(rng, read_words("she" if is_she else "he"))
+    return invent_name(
+        rng, ("a", "a", "i", "ina", "ella", "ia") if is_she else ("o", "o", "u", "us", "in", "ok")
+    )
+
+
+def invent_name(rng: random.Random, endings: tuple[str, ...] = ("a", "o", "i", "us", "en", "ix")) -> str:
+    """Make up a name that is on no list."""
+    middle = [choose(rng, _ONSETS) + choose(rng, "aeiou") for _ in range(choose(rng, (0, 0, 1)))]
+    first = choose(rng, _FIRST_ONSETS) + choose(rng, "aeiou")
+    return (first + "".join(middle) + choose(rng, _ONSETS) + choose(rng, endings)).capitalize()
 
 
 def _cast(plot: _Plot, rng: random.Random) -> tuple[dict[str, str], str]:
@@ -160,13 +207,13 @@ def _cast(plot: _Plot, rng: random.Random) -> tuple[dict[str, str], str]:
     while plot.excludes_fox and hero in {"fox", "wolf", "lion", "tiger", "dragon", "bear"}:
         hero = choose(rng, read_words("heroes"))
     is_she = rng.random() < 0.5
-    if hero in {"girl", "boy"}:
-        is_she = hero == "girl"
+    if hero in _WOMEN | _MEN:
+        is_she = hero in _WOMEN
     friend_is_she = rng.random() < 0.5
-    name = choose(rng, _names(is_she))
+    name = _name(is_she, rng)
     friend = name
     while friend == name:
-        friend = choose(rng, _names(friend_is_she))
+        friend = _name(friend_is_she, rng)
     friend_kind = hero
     while friend_kind == hero:
         friend_kind = choose(rng, read_words("friends"))

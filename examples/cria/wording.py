@@ -51,12 +51,30 @@ def choose(rng: random.Random, items: Sequence[_T]) -> _T:
     return items[int(rng.random() * len(items))]
 
 
-def expand(template: str, rng: random.Random, slots: Mapping[str, str] | None = None) -> str:
-    """Choose one of each {a|b|c}, innermost first, then fill each <slot>; a missing slot raises KeyError."""
+def choose_branches(template: str, rng: random.Random) -> str:
+    """Choose one of each {a|b|c}, innermost first; slots stay."""
     while "{" in template:
         template = _CHOICE.sub(lambda match: choose(rng, match[1].split("|")), template)
-    values = slots or {}
-    return _SLOT.sub(lambda match: values[match[1]], template)
+    return template
+
+
+def fill(text: str, slots: Mapping[str, str]) -> str:
+    """Fill each <slot>; a missing one raises KeyError."""
+    return _SLOT.sub(lambda match: slots[match[1]], text)
+
+
+def expand(template: str, rng: random.Random, slots: Mapping[str, str] | None = None) -> str:
+    """Choose one of each {a|b|c}, then fill each <slot>; a missing slot raises KeyError."""
+    return fill(choose_branches(template, rng), slots or {})
+
+
+def all_forms(template: str) -> list[str]:
+    """Return every text that `choose_branches` can make of a template."""
+    match = _CHOICE.search(template)
+    if match is None:
+        return [template]
+    before, after = template[: match.start()], template[match.end() :]
+    return [form for branch in match[1].split("|") for form in all_forms(before + branch + after)]
 
 
 def roughen(question: str, rng: random.Random) -> str:
