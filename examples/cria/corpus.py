@@ -19,6 +19,7 @@ from pathlib import Path
 
 from examples.cria import family, stories
 from examples.cria.wording import (
+    TEXT,
     Topic,
     all_forms,
     choose,
@@ -105,8 +106,13 @@ Document = list[Message] | str  # a chat, or plain text
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Hold a question that was never trained, and the regular expression that a right answer matches."""
+    """Hold a question that was never trained, and the regular expression that a right answer matches.
 
+    source: "template" for the wordings marked "!", "free" for those of text/fresh.txt, which were written by
+    themselves after the training text was finished.
+    """
+
+    source: str
     category: str
     question: str
     expect: str
@@ -282,7 +288,13 @@ def _story_turns(rng: random.Random, brief: bool) -> list[Message]:
 def held_out_questions(seed: int = 7) -> list[HeldOut]:
     """Return the test set: each held-out wording at least once, each model and property once."""
     rng = random.Random(seed)
-    return [*_held_out_lineup(rng), *_held_out_families(rng), *_held_out_topics(rng), *_held_out_rest(rng)]
+    return [
+        *_held_out_lineup(rng),
+        *_held_out_families(rng),
+        *_held_out_topics(rng),
+        *_held_out_rest(rng),
+        *_free(),
+    ]
 
 
 def _held_out_lineup(rng: random.Random) -> Iterator[HeldOut]:
@@ -290,7 +302,12 @@ def _held_out_lineup(rng: random.Random) -> Iterator[HeldOut]:
         slots = family.model_slots(model) | {"m": model.name}
         for topic in _topics("lineup"):
             question = expand(choose(rng, topic.held_out), rng, slots)
-            yield HeldOut(category="lineup", question=question, expect=expand_pattern(topic.expect, slots))
+            yield HeldOut(
+                source="template",
+                category="lineup",
+                question=question,
+                expect=expand_pattern(topic.expect, slots),
+            )
 
 
 def _held_out_families(rng: random.Random) -> Iterator[HeldOut]:
@@ -301,7 +318,12 @@ def _held_out_families(rng: random.Random) -> Iterator[HeldOut]:
             category = (
                 "licences" if topic.key in {"outputs", "display", "naming", "family licence"} else "lineup"
             )
-            yield HeldOut(category=category, question=question, expect=expand_pattern(topic.expect, slots))
+            yield HeldOut(
+                source="template",
+                category=category,
+                question=question,
+                expect=expand_pattern(topic.expect, slots),
+            )
 
 
 def _held_out_topics(rng: random.Random) -> Iterator[HeldOut]:
@@ -309,15 +331,23 @@ def _held_out_topics(rng: random.Random) -> Iterator[HeldOut]:
         for topic in _topics(name):
             for template in topic.held_out:
                 expect = expand_pattern(topic.expect, _SELF)
-                yield HeldOut(category=category, question=expand(template, rng), expect=expect)
+                yield HeldOut(
+                    source="template", category=category, question=expand(template, rng), expect=expect
+                )
 
 
 def _held_out_rest(rng: random.Random) -> Iterator[HeldOut]:
     for question in read_lines("offtopic_held_out"):
-        yield HeldOut(category="unknown", question=question, expect="not know|beyond me")
+        yield HeldOut(source="template", category="unknown", question=question, expect="not know|beyond me")
     for _ in range(20):
         fact = family.hardware(rng, held_out=True)
-        yield HeldOut(category="use", question=fact.question, expect=fact.expect)
+        yield HeldOut(source="template", category="use", question=fact.question, expect=fact.expect)
+
+
+def _free() -> Iterator[HeldOut]:
+    for line in (TEXT / "fresh.txt").read_text().splitlines():
+        category, question, expect = line.split(" | ", 2)
+        yield HeldOut(source="free", category=category, question=question, expect=expect)
 
 
 def expand_pattern(pattern: str, slots: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from examples.cria.corpus import HeldOut, held_out_questions
 
 from puna.cria import FOLDER
@@ -58,16 +59,19 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="show the wrong answers")
     arguments = parser.parse_args()
     items = held_out_questions()
-    model, tokenizer = load_model(arguments.folder), load_tokenizer(arguments.folder)
+    model = load_model(arguments.folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(arguments.folder)
     answers = answer_all(model, tokenizer, [item.question for item in items])
     asked, right = Counter[str](), Counter[str]()
     for item, answer in zip(items, answers, strict=True):
         good = is_right(item, answer)
-        for category in (item.category, "all"):
+        for category in (f"{item.source} {item.category}", f"{item.source} all"):
             asked[category] += 1
             right[category] += good
         if arguments.wrong and not good:
-            sys.stdout.write(f"{item.category}: {item.question}\n  {answer}\n  wanted: {item.expect}\n")
+            sys.stdout.write(
+                f"{item.source} {item.category}: {item.question}\n  {answer}\n  wanted: {item.expect}\n"
+            )
     for category in asked:
         accuracy = round(right[category] / asked[category], 4)
         line = {

@@ -77,7 +77,8 @@ REQUESTS = (
     "Do you know a story about <x>?",
     "story about <x>",
     "{Please tell|Tell} us {something|a story} about <x>.",
-    "{Write|Give|Tell} me {a|one|some} {very short|funny|sweet|long|nice|cute} {story|tale} {about|of|with} <x>.",
+    "{Write|Give|Tell} me {a|one|some} {very short|funny|sweet|long|nice|cute} {story|tale} "
+    "{about|of|with} <x>.",
     "I {love|like} stories about <x>. {Tell me one|Do you know one|Can you tell me one}{.|?}",
     "{Is there|Have you got|Do you have} a {story|tale} {about|with|of} <x>?",
     "{Now|Then} {tell|write} {me |}{a story|one|a tale} about <x>{.|!}",
