@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from puna import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
-from puna.async_llm import AsyncLLM
+from puna.async_llm import AsyncLLM, EngineDeadError, RequestAborted
 from puna.errors import ParameterError, UnsupportedError
 from puna.model import PackedAttention
 
@@ -191,6 +191,7 @@ def test_speculation_writes_the_same_story(stories: Path, golden: str) -> None:
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size 2"),
         ({"quantization": "awq"}, "'awq'"),
+        ({"max_model_len": -5}, "max_model_len must be at least 1"),
         ({"trust_remote_code": True}, "trust_remote_code=True"),
         ({"no_such_thing": 1}, "'no_such_thing'"),
         ({"speculative_config": {"method": "eagle", "num_speculative_tokens": 2}}, "'eagle'"),
@@ -213,6 +214,44 @@ def test_the_seed_of_the_engine_makes_runs_repeatable(stories: Path) -> None:
         texts.append([o.outputs[0].text for o in llm.generate(["Once", "Once"], params, use_tqdm=False)])
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
+
+
+def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(ParameterError, match="1000000"):
+        llm.generate(["a", [10**6]], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert not llm.text_engine.has_unfinished
+
+
+def test_beams_that_do_not_fit_take_turns_or_are_refused(stories: Path) -> None:
+    small = LLM(stories / "hf", kv_cache_memory_bytes=7 * 16 * 2 * 5 * 4 * 8 * 4)
+    wide = LLM(stories / "hf", **SMALL)
+    params, prompt = BeamSearchParams(beam_width=3, max_tokens=6), {"prompt_token_ids": list(range(3, 63))}
+    found = [[b.tokens for b in llm.beam_search(prompt, params)[0].sequences] for llm in (small, wide)]
+    assert found[0] == found[1]
+
+
+def test_a_complete_grammar_ends_whatever_else_is_asked_for(llm: LLM) -> None:
+    wanted = StructuredOutputsParams(choice=["yes", "no"])
+    for extra in ({"ignore_eos": True}, {"min_tokens": 10}):
+        params = SamplingParams(seed=0, max_tokens=20, structured_outputs=wanted, **extra)
+        assert llm.generate("a", params, use_tqdm=False)[0].outputs[0].text in ("yes", "no")
+
+
+def test_an_aborted_stream_ends_and_so_does_one_after_the_shutdown(stories: Path) -> None:
+    engine = AsyncLLM(LLM(stories / "hf", **SMALL).text_engine)
+
+    async def read(request_id: str) -> None:
+        async for _ in engine.generate(request_id, "", GREEDY):
+            engine.abort(request_id)
+
+    async def scene() -> None:
+        with pytest.raises(RequestAborted):
+            await read("a")
+        engine.shutdown()
+        with pytest.raises(EngineDeadError):
+            await read("b")
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
 
 
 def test_async_streams_grow_to_the_same_text_and_cancelling_frees(stories: Path, golden: str) -> None:

@@ -26,6 +26,10 @@ class EngineDeadError(RuntimeError):
     """Say that the engine's thread ended by an error; every stream gets it, and so does every new request."""
 
 
+class RequestAborted(RuntimeError):
+    """Say that somebody aborted the request whose stream this is."""
+
+
 @dataclass
 class _Stream:
     """Where the outputs of one request go, from the engine's thread into its event loop."""
@@ -74,6 +78,9 @@ class AsyncLLM:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
 
         def add() -> None:
+            if self._error is not None:
+                stream.put(self._error)
+                return
             try:
                 self.text_engine.add(request_id, prompt, params, priority=priority, salt=salt)
                 self._streams[request_id] = stream
@@ -81,6 +88,8 @@ class AsyncLLM:
                 stream.put(error)
 
         self._commands.put(add)
+        if not self._thread.is_alive():
+            self._drain()
         finished = False
         try:
             while not finished:
@@ -92,16 +101,19 @@ class AsyncLLM:
                 yield item
         finally:
             if not finished:
-                self.abort(request_id)
+                self._commands.put(lambda: self._drop(request_id, stream))
 
     def abort(self, request_id: str) -> None:
-        """End a request before the next step; unknown ids are ignored."""
+        """End a request before the next step; its stream raises RequestAborted. Unknown ids are ignored."""
+        self._commands.put(lambda: self._drop(request_id, self._streams.get(request_id)))
 
-        def drop() -> None:
-            self._streams.pop(request_id, None)
-            self.text_engine.abort(request_id)
-
-        self._commands.put(drop)
+    def _drop(self, request_id: str, stream: _Stream | None) -> None:
+        """Abort a request, if `stream` is still the one that reads it, and wake the reader."""
+        if stream is None or self._streams.get(request_id) is not stream:
+            return
+        del self._streams[request_id]
+        self.text_engine.abort(request_id)
+        stream.put(RequestAborted(f"request {request_id!r} was aborted"))
 
     def shutdown(self) -> None:
         """End the thread after the step it is in; running requests get EngineDeadError."""
@@ -139,8 +151,19 @@ class AsyncLLM:
                 del self._streams[request.request_id]
             stream.put(output)
 
+    def _drain(self) -> None:
+        """Run what was asked for when the engine had ended; each request learns of it."""
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None:
+                command()
+
     def _fail(self, error: BaseException) -> None:
         self._error = error
+        self._drain()
         for stream in self._streams.values():
             stream.put(error)
         self._streams.clear()

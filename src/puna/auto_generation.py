@@ -232,7 +232,7 @@ def make_plan(config: GenerationConfig, width: int, model: LlamaConfig) -> Plan:
     Raises ParameterError where a value is out of range or the prompt is longer than `max_length` allows.
     """
     do_sample = bool(config.do_sample)
-    new = _max_new_tokens(config, width, model.max_position_embeddings)
+    new = _max_new_tokens(config, width, model.context_length)
     top_k = 50 if config.top_k is None else config.top_k
     number = 1 if config.num_return_sequences is None else config.num_return_sequences
     if number < 1 or (number > 1 and not do_sample):
@@ -245,6 +245,8 @@ def make_plan(config: GenerationConfig, width: int, model: LlamaConfig) -> Plan:
         )
     eos = eos_ids(config)
     stop = config.stop_strings
+    if stop is not None and not all((stop,) if isinstance(stop, str) else stop):
+        raise ParameterError(f"stop_strings cannot contain an empty string, got {stop!r}")
     return Plan(
         params=SamplingParams(
             temperature=_or(config.temperature, 1.0) if do_sample else 0.0,
@@ -361,7 +363,7 @@ def _check_batch(rows: int, plan: Plan, tokenizer: Any, streamer: Streamer | Non
 
 def _engine(llama: Llama, prompts: list[list[int]], plan: Plan) -> LLMEngine:
     """Return an engine with the prompts added, and a cache that just holds them all."""
-    context, wanted = llama.config.max_position_embeddings, plan.params.max_tokens or 0
+    context, wanted = llama.config.context_length, plan.params.max_tokens or 0
     lengths = [min(len(prompt) + wanted, context) for prompt in prompts]
     block_size = EngineConfig.block_size
     num_blocks = sum(-(-length // block_size) for length in lengths)

@@ -78,7 +78,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_logprobs: int = 20,
         enable_prefix_caching: bool = True,
-        enforce_eager: bool = True,
+        enforce_eager: bool = True,  # always so: there are no captured graphs
         tensor_parallel_size: int = 1,
         scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
         speculative_config: Mapping[str, Any] | None = None,
@@ -94,8 +94,10 @@ class LLM:
         _refuse_unknown(others)
         if tensor_parallel_size != 1:
             raise UnsupportedError(f"tensor_parallel_size {tensor_parallel_size}: only 1 works so far")
-        if quantization not in (None, "gguf"):
-            raise UnsupportedError(f"quantization {quantization!r}: only 'gguf' (or none) works so far")
+        if quantization is not None:
+            raise UnsupportedError(
+                f"quantization {quantization!r}: quantised weights come in GGUF files only"
+            )
         if generation_config not in ("auto", "vllm"):
             raise ParameterError(f"generation_config must be 'auto' or 'vllm', got {generation_config!r}")
         began = time.monotonic()
@@ -144,8 +146,16 @@ class LLM:
         urgencies = [0] * len(listed) if priority is None else list(priority)
         if len(urgencies) != len(listed):
             raise ParameterError(f"{len(urgencies)} priorities do not fit {len(listed)} prompts")
-        ids = [self._add(*one) for one in zip(listed, params, urgencies, strict=True)]
-        return self._run(ids, use_tqdm)
+        if priority is not None and self.text_engine.engine.config.policy != "priority":
+            raise ParameterError("priority needs LLM(scheduling_policy='priority')")
+        ids: list[str] = []
+        try:
+            for one in zip(listed, params, urgencies, strict=True):
+                ids.append(self._add(*one))
+            return self._run(ids, use_tqdm)
+        finally:
+            for request_id in ids:
+                self.text_engine.abort(request_id)
 
     def chat(
         self,
@@ -176,11 +186,11 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def beam_search(
-        self, prompts: Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
     ) -> list[BeamSearchOutput]:
         """Find the likeliest continuations of each prompt, best first."""
         engine, outputs = self.text_engine.engine, []
-        for prompt in tqdm(prompts, disable=not use_tqdm, desc="Beam search"):
+        for prompt in tqdm(_as_list(prompts), disable=not use_tqdm, desc="Beam search"):
             ids = self._ids_of(prompt)
             found = []
             for beam in beam_search(engine, ids, params):
@@ -267,24 +277,19 @@ class LLM:
         return request_id
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        """Step until all have ended; a request that fails takes the others down with it, cleanly."""
+        """Step until all have ended; return them in the order of the ids."""
         done: dict[str, RequestOutput] = {}
         began, tokens = time.monotonic(), 0
-        bar = tqdm(total=len(request_ids), disable=not use_tqdm, desc="Generate", unit="req")
-        try:
-            with bar:
-                while self.text_engine.has_unfinished:
-                    for request in self.text_engine.step():
-                        if not request.finished:
-                            continue
-                        output = request.snapshot()
-                        done[request.request_id] = output
-                        tokens += sum(len(answer.token_ids) for answer in output.outputs)
-                        bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.1f} tok/s")
-                        bar.update()
-        finally:
-            for request_id in request_ids:
-                self.text_engine.abort(request_id)
+        with tqdm(total=len(request_ids), disable=not use_tqdm, desc="Generate", unit="req") as bar:
+            while self.text_engine.has_unfinished:
+                for request in self.text_engine.step():
+                    if not request.finished:
+                        continue
+                    output = request.snapshot()
+                    done[request.request_id] = output
+                    tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                    bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.1f} tok/s")
+                    bar.update()
         return [done[request_id] for request_id in request_ids]
 
 

@@ -21,7 +21,8 @@ def find_model(name: str | None) -> Path:
         return Path(path)
     shown = name if len(name) <= 80 else name[:77] + "..."
     raise ModelNotFoundError(
-        f"no model {shown!r}: give a folder with a checkpoint, a .gguf file, or 'cria', the embedded model"
+        f"no model {shown!r}: give a folder with a checkpoint, a .gguf file, or 'cria', the embedded model "
+        "(nothing is downloaded by name yet)"
     )
 
 
@@ -29,20 +30,19 @@ def default_sampling(path: Path) -> dict[str, Any]:
     """Return the sampling settings that a checkpoint asks for, by the names of `SamplingParams`.
 
     They come from `generation_config.json` with Transformers' defaults, or from a GGUF's
-    `general.sampling.*`; where there is neither, they are Ollama's: temperature 0.8, top-k 40, top-p 0.9.
+    `general.sampling.*`; what neither says is Ollama's: temperature 0.8, top-k 40, top-p 0.9.
     """
-    if path.suffix == ".gguf":
-        from puna.gguf_header import read_metadata
+    file = path / "generation_config.json"
+    if file.is_file():
+        return _hf_sampling(file)
+    from puna.gguf_header import list_ggufs, read_metadata
 
-        values = _gguf_sampling(read_metadata(path))
-    else:
-        values = _hf_sampling(path / "generation_config.json")
-    return values or {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    ggufs = list_ggufs(path) if path.is_dir() else [path]
+    found = _gguf_sampling(read_metadata(ggufs[0])) if len(ggufs) == 1 else {}
+    return {"temperature": 0.8, "top_k": 40, "top_p": 0.9, **found}
 
 
 def _hf_sampling(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

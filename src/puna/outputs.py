@@ -166,7 +166,8 @@ class TextSequence:
             return None
         output = sequence.output_ids
         for place in range(self._seen, len(output)):
-            is_end = place == len(output) - 1 and sequence.finish_reason == "stop"
+            ends = output[place] in sequence.end_ids or output[place] in (params.stop_token_ids or ())
+            is_end = place == len(output) - 1 and sequence.finish_reason == "stop" and ends
             if is_end and not params.include_stop_str_in_output:
                 break
             piece = self._decoder.push(output[place])

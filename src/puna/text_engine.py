@@ -30,9 +30,15 @@ class TextEngine:
         proposer: Proposer | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.end_ids = frozenset({*tokenizer.eos_token_ids, *model.config.eos_token_ids})
+        ends = {*tokenizer.eos_token_ids, *model.config.eos_token_ids}
+        self.end_ids = frozenset(i for i in ends if 0 <= i < model.config.vocab_size)
         self.engine = LLMEngine(
-            model, config, end_ids=self.end_ids, compile_grammar=self._compile_grammar, proposer=proposer
+            model,
+            config,
+            end_ids=self.end_ids,
+            compile_grammar=self._compile_grammar,
+            proposer=proposer,
+            num_token_ids=min(tokenizer.vocab_size, model.config.vocab_size),
         )
         self._special_ids = frozenset(tokenizer.special_tokens.values())
         self._requests: dict[str, RequestOutputs] = {}

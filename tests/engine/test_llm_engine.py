@@ -149,6 +149,44 @@ def test_more_answers_than_seats_wait_for_one(model: Llama) -> None:
     assert [s.output_ids for s in drain(engine)["a"]] == [s.output_ids for s in drain(roomy)["a"]]
 
 
+@pytest.mark.parametrize("length", [6, 7, 8])
+def test_speculation_with_several_answers_keeps_them_apart(model: Llama, length: int) -> None:
+    params = SamplingParams(n=3, seed=0, logit_bias={7: 6.0}, max_tokens=24)
+    answers = []
+    for proposer in (None, NgramProposer(4, lookup_min=1, lookup_max=2)):
+        engine = engine_for(model, block_size=2, max_num_batched_tokens=length - 1, proposer=proposer)
+        engine.add("a", [7] * length, params)
+        answers.append([s.output_ids for s in drain(engine)["a"]])
+    assert answers[0] == answers[1]
+
+
+def test_ids_of_a_padded_vocabulary_are_never_drawn(model: Llama) -> None:
+    engine = LLMEngine(model, EngineConfig(**SMALL), num_token_ids=10)
+    engine.add("a", [1, 2], SamplingParams(seed=0, max_tokens=40, temperature=2.0, logprobs=20))
+    sequence = drain(engine)["a"][0]
+    assert max(sequence.output_ids) < 10
+    assert max(i for found in sequence.logprobs for i in found.token_ids) < 10
+
+
+def test_forks_wait_in_order_and_behind_what_is_more_urgent(model: Llama) -> None:
+    engine = engine_for(model, policy="priority", max_num_seqs=1)
+    engine.add("low", [1, 2, 3], SamplingParams(n=3, seed=0, max_tokens=8), priority=9)
+    engine.step()
+    engine.add("urgent", [4], SamplingParams(seed=0, max_tokens=2), priority=0)
+    ends = []
+    while engine.has_unfinished:
+        ends += [(o.sequence.request_id, o.sequence.index) for o in engine.step() if o.sequence.finish_reason]
+    assert ends == [("low", 0), ("urgent", 0), ("low", 1), ("low", 2)]
+
+
+def test_dynamic_rope_goes_on_past_the_length_it_was_trained_for() -> None:
+    stretched = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    engine = engine_for(puna_twin(hf_llama(**stretched)))
+    assert engine.max_model_len == 64 and not engine.scheduler.config.enable_prefix_caching
+    with pytest.raises(ParameterError, match="max_model_len 65 is above the model's context, 64"):
+        engine_for(puna_twin(hf_llama(**stretched)), max_model_len=65)
+
+
 def test_a_shared_beginning_is_computed_once(model: Llama) -> None:
     engine = engine_for(model)
     shared = [i % 96 for i in range(100)]

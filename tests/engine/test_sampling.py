@@ -29,7 +29,14 @@ def sequence_for(
 
 
 def one(logits: Tensor, params: SamplingParams, **context: Any) -> int:
-    return sample(logits, sequence_for(params, **context))
+    drawn = sample(logits, sequence_for(params, **context))
+    assert drawn is not None
+    return drawn
+
+
+def test_where_nothing_is_allowed_nothing_is_drawn() -> None:
+    params = SamplingParams(allowed_token_ids=[1], bad_words_token_ids=[[1]])
+    assert sample(LOGITS, sequence_for(params)) is None
 
 
 def shares(logits: Tensor, draws: int = 3000, **params: Any) -> list[float]:
@@ -199,6 +206,8 @@ def test_defaults_are_vllms() -> None:
         {"allowed_token_ids": []},
         {"stop_token_ids": ["1"]},
         {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: math.inf}},
+        {"bad_words": "word"},
         {"logprobs": -2},
     ],
     ids=str,

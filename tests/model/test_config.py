@@ -211,6 +211,17 @@ def test_a_wrong_value_is_named(change: dict[str, Any], error: type[Exception], 
         LlamaConfig.from_hf({**TINY, **change})
 
 
+def test_minus_one_means_no_token() -> None:
+    config = LlamaConfig.from_hf({**TINY, "pad_token_id": -1, "bos_token_id": -1, "eos_token_id": [-1, 2]})
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_ids) == (None, None, (2,))
+
+
+def test_gguf_keys_that_would_change_the_numbers_are_refused() -> None:
+    for name in ("attention.scale", "rope.scaling.attn_factor"):
+        with pytest.raises(UnsupportedError, match=name):
+            LlamaConfig.from_gguf(GGUF | {f"llama.{name}": 2.0}, vocab_size=96)
+
+
 def test_keys_that_nobody_reads_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         LlamaConfig.from_hf({**TINY, "sliding_window": 4096, "use_cache": True})

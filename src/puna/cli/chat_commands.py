@@ -18,8 +18,8 @@ from puna.locate import find_model
 _NOT_AVAILABLE = {
     "/list": "'/list' is not available: Puna keeps no library of models yet. /load takes a path.",
     "/save": "'/save' is not available: Puna keeps no library of models yet.",
-    "/set format": "'/set format' is not available: Puna cannot hold answers to JSON yet.",
-    "/set noformat": "'/set noformat' is not needed: Puna cannot hold answers to JSON yet.",
+    "/set format": "'/set format' is not available in the chat: use StructuredOutputsParams in Python.",
+    "/set noformat": "'/set noformat' is not needed: answers are free in the chat.",
     "/set think": "'/set think' is not available: Llama models have no separate thinking.",
     "/set nothink": "'/set nothink' is not needed: Llama models have no separate thinking.",
 }

@@ -91,6 +91,8 @@ class ChatState:
         self.path, self.model, self.default_sampling = path, model, defaults
         self.template, guessed = _find_template(path, model.tokenizer, self.options)
         self.conversation = None if self.template is None else self._new_conversation(self.template)
+        if self._system is not None and self.template is None:
+            self.terminal.notice("[the system message is not used: this model has no chat format]")
         if guessed is not None:
             self.terminal.notice(
                 f"[the chat format is taken to be {guessed}'s; --raw continues text instead]"

@@ -109,6 +109,13 @@ def _logits(engine: LLMEngine, beams: list[Sequence]) -> dict[Sequence, Tensor]:
     found: dict[Sequence, Tensor] = {}
     while len(found) < len(beams):
         batch = engine.scheduler.schedule()
+        if not batch.sequences and not engine.scheduler.running:
+            raise ParameterError(
+                f"{len(beams)} beams do not fit into the cache of {engine.pool.num_blocks} blocks"
+            )
+        if not batch.sequences:  # beams that are done hold what the others need: one starts over later
+            found.pop(engine.scheduler.preempt_last(), None)
+            continue
         hidden = engine.runner.run(batch)
         rows = engine.runner.logits(hidden)
         for sequence, count, states in zip(batch.sequences, batch.counts, hidden, strict=True):

@@ -61,9 +61,11 @@ class EngineConfig:
     seed: int | None = None  # of the requests without one; None: from the system
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ParameterError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = ("block_size", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*sizes, "max_model_len", "kv_cache_memory_bytes", "num_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ParameterError(f"{name} must be at least 1, got {value}")
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ParameterError(f"gpu_memory_utilization must be in (0, 1], got {share}")
@@ -106,12 +108,20 @@ class LLMEngine:
         end_ids: frozenset[int] = frozenset(),
         compile_grammar: Callable[[StructuredOutputsParams], Grammar] | None = None,
         proposer: Proposer | None = None,
+        num_token_ids: int | None = None,
     ) -> None:
+        """Make the cache. Only ids below `num_token_ids` are drawn: a vocabulary may be padded."""
         self.config = config or EngineConfig()
         self.model = model
         self.end_ids = end_ids
-        self.max_model_len = self.config.max_model_len or model.config.max_position_embeddings
+        context = model.config.context_length
+        self.max_model_len = self.config.max_model_len or context
+        if self.max_model_len > context:
+            raise ParameterError(
+                f"max_model_len {self.max_model_len} is above the model's context, {context}"
+            )
         self.stats = EngineStats()
+        self._num_token_ids = num_token_ids or model.config.vocab_size
         self._compile_grammar = compile_grammar
         self._proposer = proposer
         self._sequences: dict[str, list[Sequence]] = {}
@@ -123,7 +133,9 @@ class LLMEngine:
                 block_size=self.config.block_size,
                 max_num_seqs=self.config.max_num_seqs,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
-                enable_prefix_caching=self.config.enable_prefix_caching,
+                # keys of dynamic RoPE depend on how long the sequence was when they were made
+                enable_prefix_caching=self.config.enable_prefix_caching
+                and not model.model.rope.needs_lengths,
                 policy=self.config.policy,
             ),
             self.pool,
@@ -149,9 +161,10 @@ class LLMEngine:
         """
         if request_id in self._sequences:
             raise ParameterError(f"a request {request_id!r} is running already")
-        params.validate()
-        if params.seed is None and self._seeds is not None:
-            params = dataclasses.replace(params, seed=self._seeds.getrandbits(63))
+        seed = params.seed
+        if seed is None and self._seeds is not None:
+            seed = self._seeds.getrandbits(63)
+        params = dataclasses.replace(params, seed=seed)  # checked anew: fields may have been changed
         self.check(prompt_ids, params)
         room = self.max_model_len - len(prompt_ids)
         grammar = None
@@ -254,6 +267,8 @@ class LLMEngine:
         new: list[int] = []
         for place, row in enumerate(logits):
             token_id = self._draw_one(sequence, row)
+            if token_id is None:
+                break
             new.append(token_id)
             matches = place < len(drafts) and drafts[place] == token_id
             if sequence.finish_reason is not None or not matches:
@@ -261,11 +276,17 @@ class LLMEngine:
         self.scheduler.computed(sequence, sequence.num_tokens - 1)
         self.stats.output_tokens += len(new)
         self.stats.drafted_tokens += len(logits) - 1
-        self.stats.accepted_tokens += len(new) - 1
+        self.stats.accepted_tokens += max(len(new) - 1, 0)
         return new
 
-    def _draw_one(self, sequence: Sequence, logits: Tensor) -> int:
+    def _draw_one(self, sequence: Sequence, logits: Tensor) -> int | None:
+        """Draw and append one token, or end the sequence where the rules allow none."""
+        logits = logits[: self._num_token_ids]
         token_id = sample(logits, sequence)
+        if token_id is None:
+            sequence.finish_reason = "error"
+            sequence.stop_reason = "no token is allowed here"
+            return None
         wanted = sequence.params.logprobs
         if wanted is not None:
             found = logprobs_of(logits, token_id, wanted)
@@ -283,7 +304,7 @@ class LLMEngine:
         if wanted is None or following >= len(sequence.prompt_ids):
             return
         if len(sequence.prompt_logprobs) == position:
-            found = logprobs_of(logits, sequence.prompt_ids[following], wanted)
+            found = logprobs_of(logits[: self._num_token_ids], sequence.prompt_ids[following], wanted)
             sequence.prompt_logprobs.append(found)
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:
@@ -297,7 +318,11 @@ class LLMEngine:
 
     def _propose(self, proposer: Proposer) -> None:
         """Let the proposer guess on for the sequences that decode."""
-        decoding = [s for s in self.scheduler.running if s.num_computed == s.num_tokens - 1]
+        decoding = [
+            s
+            for s in self.scheduler.running
+            if s.num_computed == s.num_tokens - 1 and not s.pending_forks  # forks share all blocks
+        ]
         for sequence, drafts in zip(decoding, proposer.propose(decoding), strict=True):
             sequence.drafts = drafts[: max(sequence.max_tokens - sequence.num_output - 1, 0)]
 
@@ -323,6 +348,7 @@ class LLMEngine:
             "stop_token_ids": params.stop_token_ids or [],
             "allowed_token_ids": params.allowed_token_ids or [],
             "logit_bias": list(params.logit_bias or []),
+            "bad_words_token_ids": [i for word in params.bad_words_token_ids for i in word],
         }
         for name, ids in lists.items():
             outside = [i for i in ids if not 0 <= i < vocab]
@@ -335,10 +361,9 @@ class LLMEngine:
             )
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)
-            if wanted is not None and (
-                wanted > self.config.max_logprobs or wanted < 0 <= self.config.max_logprobs
-            ):
-                raise ParameterError(f"{name} {wanted} is above max_logprobs {self.config.max_logprobs}")
+            limit = vocab if self.config.max_logprobs < 0 else self.config.max_logprobs
+            if wanted is not None and (vocab if wanted < 0 else wanted) > limit:
+                raise ParameterError(f"{name} {wanted} is above max_logprobs {limit}")
 
     def _make_cache(self) -> tuple[PagedKVCache, BlockPool]:
         """Size the cache from the memory allowed, but for no more than could ever be used."""

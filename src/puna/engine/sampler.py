@@ -20,10 +20,15 @@ from puna.engine.sampling import SamplingParams
 _FEW = 1024  # so many of the likeliest tokens are tried before the whole vocabulary is sorted for top-p
 
 
-def sample(logits: Tensor, sequence: Sequence) -> int:
-    """Choose the next token of a sequence from logits (vocab,); ties go to the lowest id."""
+def sample(logits: Tensor, sequence: Sequence) -> int | None:
+    """Choose the next token of a sequence from logits (vocab,); ties go to the lowest id.
+
+    None where lists, grammar and minimum length together allow no token.
+    """
     params = sequence.params
     logits = _masked(logits.float(), sequence)
+    if not bool(logits.max() > -math.inf):
+        return None
     logits = _penalized(logits, params, sequence.prompt_ids, sequence.output_ids)
     if params.greedy:
         return int(logits.argmax())
@@ -76,7 +81,8 @@ def _unpacked(bits: bytes, logits: Tensor) -> Tensor:
 def _forbidden_ids(sequence: Sequence) -> list[int]:
     params, output = sequence.params, sequence.output_ids
     forbidden = []
-    if len(output) < params.min_tokens:
+    complete = sequence.grammar is not None and sequence.grammar.is_complete
+    if len(output) < params.min_tokens and not complete:
         forbidden += [*sequence.end_ids, *(params.stop_token_ids or [])]
     for word in params.bad_words_token_ids:
         start = word[:-1]

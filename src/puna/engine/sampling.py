@@ -21,7 +21,6 @@ GREEDY_BELOW = 1e-5
 _COLDEST = 1e-2  # a positive temperature below it would overflow the logits
 _MOST_SEQUENCES = 16384
 _MOST_BAD_WORDS = 128
-_MOST_LOGPROB_IDS = 128
 
 
 @dataclass
@@ -81,6 +80,8 @@ class SamplingParams:
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if isinstance(self.bad_words, str):
+            raise ParameterError(f"bad_words must be a list, got {self.bad_words!r}")
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         self.stop_token_ids = list(dict.fromkeys(self.stop_token_ids or []))
         self.bad_words = list(self.bad_words or [])
@@ -111,6 +112,8 @@ class SamplingParams:
         _integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if self.prompt_logprobs is not None and self.skip_reading_prefix_cache is False:
+            raise ParameterError("prompt_logprobs do not go with skip_reading_prefix_cache=False")
         if self.n > 1 and self.greedy:
             raise ParameterError(f"n must be 1 when using greedy sampling, got {self.n}")
         self._validate_lists()
@@ -133,7 +136,8 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ParameterError("allowed_token_ids must not be empty")
         for token_id, bias in (self.logit_bias or {}).items():
-            if not isinstance(token_id, int) or not isinstance(bias, int | float) or math.isnan(bias):
+            is_number = isinstance(bias, int | float) and not math.isnan(bias) and bias != math.inf
+            if not isinstance(token_id, int) or not is_number:
                 raise ParameterError(f"logit_bias must map token ids to numbers, got {token_id!r}: {bias!r}")
 
     @property

@@ -77,7 +77,10 @@ class Scheduler:
         if len(self.running) < self.config.max_num_seqs:
             self.running.append(sequence)
         else:
-            self.waiting.insert(0, sequence)
+            place = sum(1 for other in self.waiting if other.request_id == sequence.request_id)
+            self.waiting.insert(place, sequence)
+            if self.config.policy == "priority":
+                self.waiting.sort(key=_urgency)
 
     def finish(self, sequence: Sequence) -> None:
         """Drop a sequence and give its blocks back."""
@@ -86,12 +89,16 @@ class Scheduler:
         self._release(sequence)
 
     def schedule(self) -> Batch:
-        """Choose the tokens of the next step; an empty batch only if nothing is unfinished."""
+        """Choose the tokens of the next step. An empty batch means: blocks were taken back, ask again."""
         batch = Batch()
         preempted = self._schedule_running(batch)
         if not preempted:
             self._admit(batch)
         return batch
+
+    def preempt_last(self) -> Sequence:
+        """Take the blocks of the sequence that came last, outside of a step."""
+        return self._preempt_last(Batch())
 
     def computed(self, sequence: Sequence, num_computed: int) -> None:
         """Note how many tokens have keys and values now; full blocks can be found from here on."""
@@ -229,5 +236,5 @@ class Scheduler:
         sequence.drafts = []
 
 
-def _urgency(sequence: Sequence) -> tuple[int, float]:
-    return (sequence.priority, sequence.times.arrived)
+def _urgency(sequence: Sequence) -> tuple[int, float, int]:
+    return (sequence.priority, sequence.times.arrived, sequence.index)

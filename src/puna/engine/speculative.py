@@ -87,7 +87,7 @@ class DraftModelProposer:
 
     def propose(self, sequences: SequenceOf[Sequence]) -> list[list[int]]:
         """See `Proposer`; all sequences go through the draft model together."""
-        longest = self._model.config.max_position_embeddings
+        longest = self._model.config.context_length
         able = [s for s in sequences if s.num_tokens + self._count < longest]
         texts = [list(sequence.token_ids) for sequence in able]
         caches = [self._cache_of(sequence) for sequence in able]

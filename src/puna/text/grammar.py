@@ -48,8 +48,7 @@ class TokenGrammar:
 
     def accept(self, token_id: int) -> None:
         """Go on by one token, which must have been allowed."""
-        if self._pending is not None:
-            self._pending.result()
+        self._settle()
         self._pending = None
         if token_id in self._end_ids:
             return
@@ -58,18 +57,24 @@ class TokenGrammar:
     @property
     def is_complete(self) -> bool:
         """Say whether nothing can follow but the end."""
+        self._settle()
         return bool(self._matcher.is_stopped())
 
     @property
     def error(self) -> str:
         """Return why the grammar gave up (it grew past its limits), or an empty string."""
+        self._settle()
         return str(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def fork(self) -> TokenGrammar:
         """Return an independent copy at the same place."""
-        if self._pending is not None:
-            self._pending.result()  # the matcher cannot be copied while a mask is being worked out
+        self._settle()
         return TokenGrammar(self._matcher.deep_copy(), self._end_ids, self._vocab_size)
+
+    def _settle(self) -> None:
+        """Wait for a mask that is being worked out: until then nobody else may use the matcher."""
+        if self._pending is not None:
+            self._pending.result()
 
     def _mask(self) -> bytes:
         if self._matcher.is_stopped():
