@@ -19,10 +19,12 @@ def find_model(name: str | None) -> Path:
     path = os.path.expanduser(name)
     if os.path.exists(path):  # unlike Path.exists, it takes names that no file can have
         return Path(path)
+    looks_like_hub = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    hint = "; nothing is downloaded by name yet" if looks_like_hub else ""
     shown = name if len(name) <= 80 else name[:77] + "..."
     raise ModelNotFoundError(
-        f"no model {shown!r}: give a folder with a checkpoint, a .gguf file, or 'cria', the embedded model "
-        "(nothing is downloaded by name yet)"
+        f"no model {shown!r}: give a folder with a checkpoint, a .gguf file, or 'cria', the embedded model"
+        + hint
     )
 
 

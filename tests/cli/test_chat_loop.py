@@ -167,7 +167,10 @@ def test_modes(folder: Path) -> None:
         ("/load", "Usage:\n  /load <model>"),
         ("/clear", "Cleared session context"),
         ("/save mine", "'/save' is not available: Puna keeps no library of models yet."),
-        ("/set format json", "'/set format' is not available: Puna cannot hold answers to JSON yet."),
+        (
+            "/set format json",
+            "'/set format' is not available in the chat: use StructuredOutputsParams in Python.",
+        ),
         ("/set think", "'/set think' is not available: Llama models have no separate thinking."),
     ],
 )

@@ -186,7 +186,7 @@ def test_skipped_tensors_are_logged(twin: Llama, caplog: pytest.LogCaptureFixtur
     checkpoint.skipped = ["vision_model.a"]
     with caplog.at_level(logging.INFO):
         load_model(checkpoint)
-    assert "somewhere: not used: vision_model.a" in caplog.text
+    assert "somewhere: images are not read; not used: vision_model.a" in caplog.text
 
 
 def test_loading_is_silent_where_nobody_watches(twin: Llama, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,13 @@ def beam_search(engine: LLMEngine, prompt_ids: SequenceOf[int], params: BeamSear
     engine.check(prompt_ids, SamplingParams(temperature=0.0))
     end_ids = frozenset() if params.ignore_eos else engine.end_ids
     room = min(params.max_tokens, engine.max_model_len - len(prompt_ids))
+    size = engine.config.block_size
+    needed = -(-len(prompt_ids) // size) + params.beam_width * (-(-room // size) + 1)
+    if needed > engine.pool.num_free:
+        raise ParameterError(
+            f"{params.beam_width} beams of {room} tokens may need {needed} blocks of the cache, "
+            f"which has {engine.pool.num_free}"
+        )
     first = Sequence("beam", prompt_ids, SamplingParams(temperature=0.0), max_tokens=room)
     engine.scheduler.add(first)
     running: dict[Sequence, float] = {first: 0.0}
@@ -109,13 +116,6 @@ def _logits(engine: LLMEngine, beams: list[Sequence]) -> dict[Sequence, Tensor]:
     found: dict[Sequence, Tensor] = {}
     while len(found) < len(beams):
         batch = engine.scheduler.schedule()
-        if not batch.sequences and not engine.scheduler.running:
-            raise ParameterError(
-                f"{len(beams)} beams do not fit into the cache of {engine.pool.num_blocks} blocks"
-            )
-        if not batch.sequences:  # beams that are done hold what the others need: one starts over later
-            found.pop(engine.scheduler.preempt_last(), None)
-            continue
         hidden = engine.runner.run(batch)
         rows = engine.runner.logits(hidden)
         for sequence, count, states in zip(batch.sequences, batch.counts, hidden, strict=True):

@@ -96,10 +96,6 @@ class Scheduler:
             self._admit(batch)
         return batch
 
-    def preempt_last(self) -> Sequence:
-        """Take the blocks of the sequence that came last, outside of a step."""
-        return self._preempt_last(Batch())
-
     def computed(self, sequence: Sequence, num_computed: int) -> None:
         """Note how many tokens have keys and values now; full blocks can be found from here on."""
         sequence.num_computed = num_computed
