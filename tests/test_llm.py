@@ -218,7 +218,7 @@ def test_the_seed_of_the_engine_makes_runs_repeatable(stories: Path) -> None:
 
 def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(ParameterError, match="1000000"):
-        llm.generate(["a", [10**6]], SamplingParams(max_tokens=3), use_tqdm=False)
+        llm.generate([[1], [10**6]], SamplingParams(max_tokens=3), use_tqdm=False)
     assert not llm.text_engine.has_unfinished
 
 

@@ -183,8 +183,9 @@ def _max_length(given: int | None, declared: object) -> int:
         if given < 1:
             raise ParameterError(f"model_max_length must be at least 1, got {given}")
         return given
-    is_number = isinstance(declared, int | float) and not isinstance(declared, bool) and declared >= 1
-    return int(declared) if is_number else UNLIMITED  # type: ignore[call-overload,no-any-return]
+    if isinstance(declared, int | float) and not isinstance(declared, bool) and declared >= 1:
+        return int(declared)
+    return UNLIMITED
 
 
 def _local_path(name: str | Path, gguf_file: str | None) -> Path:
