@@ -9,5 +9,5 @@ from pathlib import Path
 
 FOLDER: Path = Path(__file__).parent
 
-SHA256 = "a088093d48190e958da9e1fcb840bb5edd1edb7ab8feee6512935ddc6fdec425"
+SHA256 = "df9235c3fcdaf92c82fa88818d8dd98bb250dda0bb7762973667988e498bf1e0"
 """The sha256 of model.safetensors."""
