@@ -1,9 +1,8 @@
 """The engine beside an event loop: each request is an async stream of outputs.
 
 The engine runs in one thread of this process. Its steps spend their time in kernels that hold no interpreter
-lock, so a server stays responsive beside it without the copies and the start-up of a second process
-(measured: see docs/performance.md). Cancelling a stream aborts its request at the next step and frees its
-blocks.
+lock, and a thread needs no copies and no start-up of a second process (what a process would gain is not
+measured yet). Cancelling a stream aborts its request at the next step and frees its blocks.
 """
 
 from __future__ import annotations
