@@ -45,7 +45,7 @@ _CATEGORIES = {
     "animals": "animals",
     "smalltalk": "talk",
 }
-_STATIC = (*("concepts",) * 4, "licences", "puna", "use", *("animals",) * 4, *("smalltalk",) * 3)
+_STATIC = (*("concepts",) * 4, "licences", "puna", "use", *("animals",) * 4, *("smalltalk",) * 8)
 _SELF = {"cria_params": PARAMETERS_IN_MILLIONS, "cria_layers": LAYERS}
 
 _SYSTEM = (
@@ -84,6 +84,10 @@ _BRIEFLY = (
     " Answer briefly.",
 )
 
+_FIRST_WORDS = {  # what people type first, by topic: the first topics of text/smalltalk.txt
+    "hello": ("Hi", "Hello", "Hey", "Hi!", "Hello!", "Hi there", "Hello there", "Good morning", "Hey there!"),
+    "how are you": ("How are you?", "How are you doing?", "How are you today?", "What's up?"),
+}
 _DO_NOT_KNOW = (
     "I do not know that. I am a very small model: ask me about llamas, the Llama models, or for a story.",
     "Sorry, I do not know. I know only a little about llamas and about the Llama models.",
@@ -160,6 +164,10 @@ def _any_word(rng: random.Random) -> str:
 
 def _chat(rng: random.Random) -> list[Message]:
     messages, brief = _opening(rng)
+    if not messages and rng.random() < 0.08:
+        greeting = _topics("smalltalk")[int(rng.random() * len(_FIRST_WORDS))]
+        word = choose(rng, _FIRST_WORDS[greeting.key])
+        messages += _turn(roughen(word, rng), choose(rng, greeting.answers))
     length = choose(rng, (1, 1, 1, 2, 2, 3, 4, 6))
     for _ in range(length):
         messages += _exchange(rng, brief)
