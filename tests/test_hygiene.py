@@ -26,7 +26,18 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"weights", "model", "kernels"},
     "session": {"engine", "weights", "model", "text", "cria", "gguf_header"},
 }
-DOORS = {"auto", "auto_model", "auto_tokenizer", "cli", "server", "train", "__init__", "__main__"}
+DOORS = {
+    "auto",
+    "auto_encoding",
+    "auto_generation",
+    "auto_model",
+    "auto_tokenizer",
+    "cli",
+    "server",
+    "train",
+    "__init__",
+    "__main__",
+}
 TORCH_FREE = ("errors", "gguf_header", "catalog", "cria", "text")
 
 

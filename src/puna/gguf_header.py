@@ -309,7 +309,11 @@ class _HeaderReader:
                 self._fail(
                     f"string {index} of {count} is {at - start} bytes long, more than are left", start - 8
                 )
-            if wanted:
+            if not wanted:
+                continue
+            try:
+                append(content[start:at].decode())
+            except UnicodeDecodeError:
                 append(content[start:at].decode("utf-8", "surrogateescape"))
         self.at = at
         return strings

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from puna.errors import CheckpointError, ModelNotFoundError
 
@@ -63,7 +63,9 @@ class Session:
         self._cache = KVCache(model.config, dtype=weight.dtype, device=weight.device)
 
     @classmethod
-    def open(cls, path: Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> Session:
+    def open(
+        cls, path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", device: str = "cpu"
+    ) -> Session:
         """Load the model and the tokenizer of a path that `find_model` gave."""
         from puna.text.tokenizer import load_tokenizer
         from puna.weights.loader import load_model
@@ -71,14 +73,24 @@ class Session:
         tokenizer = load_tokenizer(path)
         return cls(load_model(path, dtype=dtype, device=device), tokenizer)
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[str]:
-        """Yield the answer in pieces of whole characters; `usage` is right when it ends or is closed."""
+    @property
+    def context_length(self) -> int:
+        """Return how many tokens a prompt and its answer may have together."""
+        return self.model.config.max_position_embeddings
+
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, continues: bool = False
+    ) -> Generator[str, None, None]:
+        """Yield the answer in pieces of whole characters; `usage` is right when it ends or is closed.
+
+        With `continues` the answer goes on in the middle of a text, so a space that it begins with is kept.
+        """
         from puna.engine.generate import generate, start
         from puna.text.stop_strings import StopStrings
 
         sequence = start(self.model, prompt_ids, self._with_end_ids(params), cache=self._cache)
         self.usage = usage = Usage(prompt_tokens=len(prompt_ids), cached_tokens=self._cache.length)
-        decoder, stop = self.tokenizer.stream(), StopStrings(params.stop)
+        decoder, stop = self.tokenizer.stream(continues=continues), StopStrings(params.stop)
         began = time.monotonic()
         for _, token_id in generate(self.model, [sequence]):
             now = time.monotonic()

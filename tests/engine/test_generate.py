@@ -81,14 +81,6 @@ def test_a_stop_id_ends_the_sequence_and_is_its_last_token(model: Llama) -> None
     assert sequence.finish_reason == "stop"
 
 
-def test_the_repetition_penalty_counts_what_the_caller_names(model: Llama) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=1, repetition_penalty=1e6)
-    best = run(model, [[1, 2, 3]], params)[0][0]
-    sequence = start(model, [1, 2, 3], params)
-    sequence.penalized_ids = [best, 1, 2, 3]
-    assert [token for _, token in generate(model, [sequence])] != [best]
-
-
 def test_generation_ends_where_the_context_does(model: Llama) -> None:
     prompt = [1] * 250
     sequence = start(model, prompt, SamplingParams(temperature=0.0, max_tokens=None))

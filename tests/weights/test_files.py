@@ -104,6 +104,15 @@ def test_safetensors_values_equal_the_library(tmp_path: Path) -> None:
     require_equal(open_safetensors(tmp_path / "x.safetensors"), EXAMPLE)
 
 
+@pytest.mark.parametrize("part", [1, 7, 16])
+def test_a_tensor_read_in_parts_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr("puna.weights.files._PART", part)
+    save_file(EXAMPLE, tmp_path / "x.safetensors")
+    require_equal(open_safetensors(tmp_path / "x.safetensors"), EXAMPLE)
+
+
 def test_rows_are_read_alone_and_into_a_given_place(tmp_path: Path) -> None:
     save_file(EXAMPLE, tmp_path / "x.safetensors")
     file = open_safetensors(tmp_path / "x.safetensors")
@@ -169,7 +178,11 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             open_safetensors(path)
 
 
-def test_a_file_cut_after_opening_is_an_error_naming_the_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [1 << 20, 1000])
+def test_a_file_cut_after_opening_is_an_error_naming_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr("puna.weights.files._PART", part)
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(1000)}, path)
     file = open_safetensors(path)

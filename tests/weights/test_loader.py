@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError
 from puna.model import Llama, LlamaConfig, PackedAttention
@@ -192,6 +194,20 @@ def test_loading_is_silent_where_nobody_watches(twin: Llama, capsys: pytest.Capt
     assert capsys.readouterr() == ("", "")
 
 
+def test_progress_ends_at_the_size_of_the_checkpoint(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    class Recorded(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr("puna.weights.loader.tqdm", Recorded)
+    for where in ("hf", "gguf"):
+        load_model(stories / where)
+        assert bars[-1].n == bars[-1].total > 1_000_000
+
+
 # -------------------------------------------------------------------------------------------- packed weights
 
 
@@ -267,7 +283,7 @@ def test_a_path_that_is_no_model_says_what_was_looked_for(tmp_path: Path) -> Non
     wanted = "looked for config.json with model.safetensors, params.json with consolidated.00.pth, or a .gguf"
     with pytest.raises(ModelNotFoundError, match=wanted):
         open_checkpoint(tmp_path)
-    for odd in (tmp_path / "gone", "nul\0", "x" * 5000):
+    for odd in (tmp_path / "gone", "nul\0", "x" * 5000, "~no-such-user/model"):
         with pytest.raises(ModelNotFoundError):
             open_checkpoint(odd)
 

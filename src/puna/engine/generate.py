@@ -64,8 +64,7 @@ def generate(model: Llama, sequences: SequenceOf[Sequence]) -> Iterator[tuple[Se
 
 
 def _accept(sequence: Sequence, logits: Tensor) -> Iterator[tuple[Sequence, int]]:
-    seen = sequence.penalized_ids
-    token_id = sample(logits, sequence.params, sequence.generator, seen, sequence.output_ids)
+    token_id = sample(logits, sequence.params, sequence.generator, sequence.prompt_ids, sequence.output_ids)
     sequence.append(token_id)
     yield sequence, token_id
 

@@ -18,7 +18,6 @@ class Sequence:
         self, prompt_ids: SequenceOf[int], params: SamplingParams, cache: KVCache, *, max_model_len: int
     ) -> None:
         self.prompt_ids = list(prompt_ids)
-        self.penalized_ids = self.prompt_ids  # what the repetition penalty counts beside the output
         self.output_ids: list[int] = []
         self.params = params
         self.cache = cache

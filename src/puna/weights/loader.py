@@ -9,13 +9,15 @@ readers yield the names of our modules.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError
@@ -29,7 +31,7 @@ from puna.weights.quant import QuantTensor, swap_in
 
 logger = logging.getLogger(__name__)
 
-_SPLIT_GGUF = "-00001-of-"
+_GGUF_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
 class Checkpoint(Protocol):
@@ -56,10 +58,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     Raises ModelNotFoundError, CheckpointError, ConfigError, UnsupportedError.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
+        path = path.expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a NUL, of no user (~x)
         raise ModelNotFoundError(f"{str(path)!r}: {error}") from error
     if is_folder:
         return _open_folder(path)
@@ -99,7 +102,8 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _list_ggufs(folder: Path) -> list[Path]:
     """Return the GGUF models of a folder, the first file of each split one; projectors are no models."""
     paths = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
-    return [p for p in paths if "-of-" not in p.stem or _SPLIT_GGUF in p.stem] or paths[:1]
+    parts = {path: _GGUF_PART.search(path.name) for path in paths}
+    return [p for p, part in parts.items() if part is None or int(part[1]) == 1] or paths[:1]
 
 
 def _what_is_missing(folder: Path, hf_files: list[str], has_shards: bool) -> str:
@@ -134,7 +138,7 @@ def load_model(
         dtype = checkpoint.dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ParameterError(f"dtype must be 'auto' or a floating point type, not {dtype!r}")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         model = Llama(checkpoint.config).to(dtype)
     filling = _Filling(model=model, dtype=dtype, device=torch.device(device))
     with tqdm(
@@ -154,6 +158,22 @@ def load_model(
     if checkpoint.skipped:
         logger.info("%s: not used: %s", checkpoint.path, list_names(checkpoint.skipped))
     return model.to(filling.device).eval().requires_grad_(False)  # what is there already stays where it is
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skip `torch.nn.init`: on the meta device it does nothing but import torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _num_bytes(value: Tensor | QuantTensor) -> int:

@@ -1,0 +1,44 @@
+"""The commands, put together, and the options of `puna` itself.
+
+Help is plain text: rich's boxes would double the time that `puna --help` takes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import puna
+from puna.cli.run import run
+from puna.cli.show import show
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run)
+app.command()(show)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"puna {puna.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True, epilog="Start with: puna run")
+def puna_command(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "-v", "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run Llama models on your own machine."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
