@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels"},
     "weights": {"model", "kernels", "gguf_header"},
     "engine": {"weights", "model", "kernels"},
+    "peft_model": {"weights", "model", "kernels"},
     "session": {"engine", "weights", "model", "text", "cria", "gguf_header"},
 }
 DOORS = {
