@@ -88,4 +88,11 @@ def test_importing_puna_and_its_command_line_imports_no_torch() -> None:
 
 
 def test_public_names() -> None:
-    assert puna.__all__ == ["AutoModelForCausalLM", "AutoTokenizer", "__version__"]
+    assert puna.__all__ == [
+        "AutoModelForCausalLM",
+        "AutoTokenizer",
+        "LoraConfig",
+        "PeftModel",
+        "__version__",
+        "get_peft_model",
+    ]

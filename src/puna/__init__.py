@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from puna.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from puna.auto import AutoTokenizer as AutoTokenizer
+    from puna.model.lora_config import LoraConfig as LoraConfig
+    from puna.peft_model import PeftModel as PeftModel
+    from puna.peft_model import get_peft_model as get_peft_model
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "AutoModelForCausalLM": "puna.auto",
     "AutoTokenizer": "puna.auto",
+    "LoraConfig": "puna.model.lora_config",
+    "PeftModel": "puna.peft_model",
+    "get_peft_model": "puna.peft_model",
 }
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "__version__"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "LoraConfig",
+    "PeftModel",
+    "__version__",
+    "get_peft_model",
+]
 
 
 def __getattr__(name: str) -> Any:

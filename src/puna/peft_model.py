@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,16 @@ from torch.optim import Optimizer
 
 from puna.errors import CheckpointError, ParameterError, UnsupportedError
 from puna.model.llama import Llama
-from puna.model.lora import adapter_modules, adapter_state, base_biases, inject, merge, switch, take_out, unmerge
+from puna.model.lora import (
+    adapter_modules,
+    adapter_state,
+    base_biases,
+    inject,
+    merge,
+    switch,
+    take_out,
+    unmerge,
+)
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
 from puna.weights.adapter import read_adapter_config, read_adapter_tensors, write_adapter, write_text
@@ -225,8 +234,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters (all) as PEFT does: "default" into the folder, others into folders of their names.
 
-        `save_embedding_layers`: whether the base tables of adapted embeddings and heads are written too; "auto"
-        is yes, as in PEFT.
+        `save_embedding_layers`: whether the base tables of adapted embeddings and heads are written too;
+        "auto" is yes, as in PEFT.
         """
         if not safe_serialization:
             raise UnsupportedError("safe_serialization=False is not supported: files are safetensors")
@@ -293,7 +302,7 @@ def get_peft_model(
 
 def create_loraplus_optimizer(
     model: nn.Module,
-    optimizer_cls: type[Optimizer],
+    optimizer_cls: Callable[..., Optimizer],
     *,
     lr: float,
     loraplus_lr_ratio: float,
@@ -326,7 +335,10 @@ def create_loraplus_optimizer(
 
 
 _AUTO_MAPPING = {
-    False: {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"},
+    False: {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    },
     True: {
         "base_model_class": "Llama4ForCausalLM",
         "parent_library": "transformers.models.llama4.modeling_llama4",

@@ -21,8 +21,7 @@ from puna.model.llama import Llama
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_experts import LoraExperts
 from puna.model.lora_layers import LoraEmbedding, LoraLayer, LoraLinear
-from puna.model.lora_match import ALL_LINEAR, DEFAULT_TARGETS, is_target, pattern_value
-from puna.model.lora_match import shortest_suffixes
+from puna.model.lora_match import ALL_LINEAR, DEFAULT_TARGETS, is_target, pattern_value, shortest_suffixes
 from puna.model.lora_switch import AdapterModule, SavedModule, TiedHead, TrainableTokens
 from puna.model.moe import Experts
 
@@ -46,10 +45,10 @@ def adapter_state(network: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def inject(network: Llama, adapter: str, config: LoraConfig, *, in_float32: bool = True) -> LoraConfig:
-    """Create an adapter in the model, not yet active, and return its config with the targets as a list of names.
+    """Create an adapter in the model, not yet active; return its config with the targets resolved.
 
-    With `in_float32`, half-precision adapter parameters are widened after they were drawn. Raises ParameterError
-    where nothing matches, UnsupportedError for what cannot be adapted.
+    With `in_float32`, half-precision adapter parameters are widened after they were drawn. Raises
+    ParameterError where nothing matches, UnsupportedError for what cannot be adapted.
     """
     if not adapter or "." in adapter:
         raise ParameterError(f"an adapter name must not be empty nor have dots: {adapter!r}")
@@ -152,10 +151,10 @@ def unmerge(network: Llama) -> None:
 
 @torch.no_grad()
 def take_out(network: Llama, adapters: Iterable[str], *, safe: bool = False) -> None:
-    """Put plain modules back everywhere, with `adapters` merged into them; none of them leaves the base as it was.
+    """Put plain modules back everywhere, with `adapters` merged into them; without any, the base comes back.
 
-    Quantised weights become whole where an adapter is merged. A head that is tied to the embedding becomes a head
-    of its own where only one of them was adapted, and `network.config` says so.
+    Quantised weights become whole where an adapter is merged. A head that is tied to the embedding becomes a
+    head of its own where only one of them was adapted, and `network.config` says so.
     """
     adapters = list(adapters)
     dtype = network.model.norm.weight.dtype
@@ -192,17 +191,24 @@ def _untie(network: Llama, adapters: list[str]) -> None:
     """Give a tied head a table of its own where merging would change only the embedding, or only the head."""
     if not network.config.tie_word_embeddings:
         return
-    head, embedding = network.lm_head, network.model.embed_tokens
+    head = network.lm_head
+    embedding: nn.Module = network.model.embed_tokens
     adapted_head = isinstance(head, AdapterModule) and set(adapters) & set(head.adapter_names())
-    only_table = isinstance(embedding, LoraEmbedding | SavedModule) and head is None
-    if not adapted_head and not (only_table and set(adapters) & set(embedding.adapter_names())):
+    adapted_table = (
+        isinstance(embedding, LoraEmbedding | SavedModule)
+        and head is None
+        and set(adapters) & set(embedding.adapter_names())
+    )
+    if not adapted_head and not adapted_table:
         return
     table = embedding
     while isinstance(table, LoraEmbedding | SavedModule):
         table = table.base_layer if isinstance(table, LoraEmbedding) else table.original_module
     weight = getattr(table, "weight", None)
     if not isinstance(weight, Tensor):
-        raise UnsupportedError("a quantised embedding that is tied to the head cannot be merged with an adapter")
+        raise UnsupportedError(
+            "a quantised embedding that is tied to the head cannot be merged with an adapter"
+        )
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     whole.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if isinstance(head, LoraLinear):

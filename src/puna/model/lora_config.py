@@ -151,7 +151,7 @@ class LoraConfig:
             raise ConfigError(f"adapter config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object of an `adapter_config.json`, with every key that PEFT writes but auto_mapping's value."""
+        """Return the object of an `adapter_config.json`, with every key that PEFT writes."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return {
             **_ONLY_DEFAULT,

@@ -1,8 +1,8 @@
 """Low-rank adapters on the stacked weights of a mixture of experts (PEFT's target_parameters).
 
-PEFT keeps the factors of all experts in two matrices, and nests one wrapper around another where several weights
-of the same module are targeted; names in files follow that nesting, so it is kept. Unlike PEFT, which adds whole
-delta weights, only the chosen experts' factors are multiplied, with the tokens that they see.
+PEFT keeps the factors of all experts in two matrices, and nests one wrapper around another where several
+weights of the same module are targeted; names in files follow that nesting, so it is kept. Unlike PEFT, which
+adds whole delta weights, only the chosen experts' factors are multiplied, with the tokens that they see.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class LoraExperts(LoraLayer):
         while isinstance(inner, LoraExperts):
             inner = inner.base_layer
         if not isinstance(inner, Experts):
-            raise UnsupportedError(f"adapters on {type(inner).__name__} are not supported: its weights are packed")
+            raise UnsupportedError(
+                f"adapters on {type(inner).__name__} are not supported: its weights are packed"
+            )
         return inner
 
     def _multiply(self, x: Tensor, parameter: str, expert: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Low-rank adapters as modules that take the place of a linear, an embedding, or the experts of a layer.
 
-Each keeps the module that it replaced as `base_layer`, untouched, and any number of adapters by name; the active
-ones are added to its output. The base may be packed: it needs `in_features`/`out_features` and a call, and for
-what looks at the weight itself also `quantized.dequantize`. Parameter names, the order of random draws and of
-arithmetic are PEFT 0.21's, so that the same seed gives the same numbers. LoRA: arXiv 2106.09685; rsLoRA:
-2312.03732; DoRA: 2402.09353; PiSSA: 2404.02948; OLoRA: 2406.01775.
+Each keeps the module that it replaced as `base_layer`, untouched, and any number of adapters by name; the
+active ones are added to its output. The base may be packed: it needs `in_features`/`out_features` and a call,
+and for what looks at the weight itself also `quantized.dequantize`. Parameter names, the order of random
+draws and of arithmetic are PEFT 0.21's, so that the same seed gives the same numbers. LoRA: arXiv 2106.09685;
+rsLoRA: 2312.03732; DoRA: 2402.09353; PiSSA: 2404.02948; OLoRA: 2406.01775.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LoraLayer(AdapterModule):
     def _weight(self) -> nn.Parameter:
         if is_packed(self.base_layer):
             raise UnsupportedError(
-                "an adapter cannot be merged into quantised weights in place: merge_and_unload() makes them whole"
+                "quantised weights cannot take an adapter in place: merge_and_unload() makes them whole"
             )
         return cast(nn.Parameter, self.base_layer.weight)
 
@@ -224,18 +224,20 @@ class LoraLinear(LoraLayer):
 
     def _row_lengths(self, name: str, weight: Tensor) -> Tensor:
         adapted = weight + self.scaling[name] * (self._b(name) @ self._a(name)).to(weight.dtype)
-        return torch.linalg.norm(adapted, dim=1).to(weight.dtype)
+        return cast(Tensor, torch.linalg.norm(adapted, dim=1)).to(weight.dtype)
 
     def _merged(self, name: str, weight: Tensor) -> Tensor:
         if name not in self.lora_magnitude_vector:
             return super()._merged(name, weight)
         if self.merged:
-            raise UnsupportedError("a DoRA adapter can only be merged first: its lengths are of the base weight")
+            raise UnsupportedError(
+                "a DoRA adapter can only be merged first: its lengths are of the base weight"
+            )
         delta = self.delta_weight(name)
         lengths = torch.linalg.norm(weight + delta, dim=1).to(weight.dtype)
         factor = (cast(Tensor, self.lora_magnitude_vector[name].weight) / lengths).view(-1, 1)
         self._factors[name] = factor
-        return factor * (weight + delta)
+        return cast(Tensor, factor * (weight + delta))
 
     def _merge_bias(self, name: str, sign: float) -> None:
         bias = cast(nn.Linear, self.lora_B[name]).bias
@@ -269,7 +271,9 @@ class LoraLinear(LoraLayer):
     def _split_base(self, name: str, kind: str, iterations: int | None, rank: int) -> None:
         """Move the principal part of the base weight into the adapter: PiSSA by values, OLoRA by QR."""
         if is_packed(self.base_layer):
-            raise UnsupportedError(f"init_lora_weights={kind!r} changes the base weight, which is quantised here")
+            raise UnsupportedError(
+                f"init_lora_weights={kind!r} changes the base weight, which is quantised here"
+            )
         weight = cast(nn.Parameter, self.base_layer.weight)
         wide, scale = weight.data.float(), self.scaling[name]
         if kind == "olora":
@@ -354,4 +358,4 @@ class LoraEmbedding(LoraLayer):
     def delta_weight(self, name: str) -> Tensor:
         """See `LoraLayer`."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return (b.float() @ a.float()).T.to(a.dtype) * self.scaling[name]
+        return cast(Tensor, (b.float() @ a.float()).T.to(a.dtype) * self.scaling[name])

@@ -1,8 +1,7 @@
 """Which modules of a model an adapter config means: by PEFT's rules of names, in the model's order.
 
-The rules are those of PEFT 0.21: a list holds names or ends of names, a string is a regular expression over the
-whole name, "all-linear" is every linear but the output head. It looks at names only, and at what the caller
-says is linear.
+The rules are those of PEFT 0.21: a list holds names or ends of names, a string is a regular expression for
+the whole name, "all-linear" is every linear but the output head. It looks at names only.
 """
 
 from __future__ import annotations

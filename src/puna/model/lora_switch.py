@@ -1,4 +1,4 @@
-"""What every module that carries adapters can do, and the two that carry whole weights instead of low-rank ones.
+"""What every module that carries adapters can do, and the two kinds that carry whole weights.
 
 `SavedModule` trains a full copy of a module (PEFT's modules_to_save), `TrainableTokens` some rows of an
 embedding or head. Parameter names are PEFT 0.21's.
@@ -66,6 +66,11 @@ class SavedModule(AdapterModule):
         """See `AdapterModule`."""
         if name in self.modules_to_save:
             del self.modules_to_save[name]
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight that is used now."""
+        return cast(Tensor, self.chosen().weight)
 
     def chosen(self) -> nn.Module:
         """Return the module that stands here now."""
