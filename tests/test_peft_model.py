@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from puna.errors import CheckpointError, ConfigError, ModelNotFoundError, Parame
 from puna.model import Llama
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel, create_loraplus_optimizer, get_peft_model
+from puna.weights.nf4 import swap_in_4bit
 from puna.weights.quant import GGMLType, QuantTensor, swap_in
 
 from tiny import hf_llama, hf_llama4, puna_twin
@@ -334,9 +335,15 @@ def quantised(model: Llama) -> Llama:
     return model
 
 
+def packed_4bit(model: Llama) -> Llama:
+    assert len(swap_in_4bit(model)) == 14
+    return model
+
+
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_quantised_base(dora: bool, tmp_path: Path) -> None:
-    network = quantised(puna_twin(hf_llama()))
+@pytest.mark.parametrize("pack", [quantised, packed_4bit])
+def test_a_quantised_base(dora: bool, pack: Callable[[Llama], Llama]) -> None:
+    network = pack(puna_twin(hf_llama()))
     whole = puna_twin(hf_llama())
     for name, module in network.named_modules():
         if hasattr(module, "quantized"):

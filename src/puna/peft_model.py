@@ -33,6 +33,7 @@ from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
 from puna.weights.adapter import read_adapter_config, read_adapter_tensors, write_adapter, write_text
 from puna.weights.files import list_names
+from puna.weights.nf4 import FourBitLinear
 from puna.weights.quant import QuantEmbedding, QuantExperts, QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -357,7 +358,7 @@ A LoRA adapter, trained with Puna.
 
 
 def _num_packed(module: nn.Module) -> int:
-    if isinstance(module, QuantLinear | QuantEmbedding):
+    if isinstance(module, QuantLinear | QuantEmbedding | FourBitLinear):
         return module.quantized.shape.numel()
     if isinstance(module, QuantExperts):
         return 3 * module.num_experts * module.hidden_size * module.intermediate_size

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from puna.errors import ParameterError, UnsupportedError
-from puna.weights.nf4 import FourBitLinear, FourBitTensor, QuantType, dynamic_code, four_bit_code, quantize_4bit
+from puna.weights.nf4 import (
+    FourBitLinear,
+    FourBitTensor,
+    QuantType,
+    dynamic_code,
+    four_bit_code,
+    quantize_4bit,
+)
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes and of torch's compiler

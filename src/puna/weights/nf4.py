@@ -1,15 +1,16 @@
-"""Four-bit weights as bitsandbytes has them: NF4 and FP4, in blocks, with scales that are quantised once more.
+"""Four-bit weights as bitsandbytes has them: NF4 and FP4, in blocks, with scales that are quantised too.
 
-Bytes, scales and nested state equal those of bitsandbytes 0.50 for the same weight, and so do the tensors that
-it saves beside a packed weight. NF4 and the double quantisation: arXiv 2305.14314; the 8-bit code: 2110.02861.
-The linear here is the reference: it makes the whole weight again for every use, in the dtype of its input.
+Bytes, scales and nested state equal those of bitsandbytes 0.50 for the same weight, and so do the tensors
+that it saves beside a packed weight. NF4 and double quantisation: arXiv 2305.14314; the 8-bit code:
+2110.02861. The linear here is the reference: it makes the whole weight again for every use, in the dtype of
+its input.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
@@ -103,7 +104,10 @@ class FourBitTensor:
         _check(kind, size)
         if nested and state["nested_blocksize"] != _NESTED_BLOCK:
             raise UnsupportedError(f"nested_blocksize {state['nested_blocksize']} is not supported: 256 is")
-        maps = {".quant_map": four_bit_code(kind), **({".nested_quant_map": dynamic_code()} if nested else {})}
+        maps = {
+            ".quant_map": four_bit_code(kind),
+            **({".nested_quant_map": dynamic_code()} if nested else {}),
+        }
         for key, expected in maps.items():
             if key in tensors and not torch.equal(tensors[key].cpu(), expected):
                 raise UnsupportedError(f"{key.lstrip('.')} is not that of {kind}")
@@ -125,10 +129,7 @@ def quantize_4bit(
     """Pack a weight; with `double`, its scales become 8-bit too (0.127 instead of 0.5 bits a value)."""
     _check(quant_type, block_size)
     code = four_bit_code(quant_type)
-    ordered, order = code.sort(stable=True)
-    if quant_type == "fp4":  # it has two zeros; the positive one is used
-        ordered, order = ordered[1:], order[1:]
-        order[(ordered == 0).nonzero()] = 0
+    ordered, order = code.sort(stable=True)  # FP4 has two zeros: the second is for small positive values
     absmax, scaled = _blocks(weight, block_size)
     scaled = functional.pad(scaled, (0, scaled.numel() % 2))
     places = order[torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2)].to(torch.uint8)
@@ -203,7 +204,7 @@ def dynamic_code() -> Tensor:
 
 
 class FourBitLinear(nn.Module):
-    """Compute x @ weight.T + bias like `nn.Linear`, from a packed weight. Gradients flow to x and bias only."""
+    """Compute x @ weight.T + bias like `nn.Linear`, from a packed weight. Gradients flow to x and bias."""
 
     packed: Tensor
     bias: nn.Parameter | None
@@ -241,11 +242,35 @@ class FourBitLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> FourBitLinear:
         """Move the packed weight, but keep its scales in their types when the model changes its dtype."""
         scales = {name: getattr(self, name) for name in ("absmax", "nested_absmax")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in scales.items():
             if scale is not None:
                 setattr(self, name, scale.to(self.packed.device))
         return self
+
+
+@torch.no_grad()
+def swap_in_4bit(
+    network: nn.Module,
+    *,
+    quant_type: QuantType = "nf4",
+    block_size: int = 64,
+    double: bool = True,
+    skip: Sequence[str] = ("lm_head", "router"),
+) -> list[str]:
+    """Pack every `nn.Linear` of a model but those whose last name is in `skip`; return the names packed.
+
+    Embeddings, norms and stacked experts stay whole.
+    """
+    names = [
+        n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] not in skip
+    ]
+    for name in names:
+        linear = cast(nn.Linear, network.get_submodule(name))
+        packed = quantize_4bit(linear.weight, quant_type=quant_type, block_size=block_size, double=double)
+        parent, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, FourBitLinear(packed, linear.bias))
+    return names
 
 
 class _Product(torch.autograd.Function):
