@@ -25,15 +25,20 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"model", "kernels", "gguf_header"},
     "engine": {"weights", "model", "kernels"},
     "peft_model": {"weights", "model", "kernels"},
-    "session": {"engine", "weights", "model", "text", "cria", "gguf_header"},
+    "locate": {"cria", "gguf_header"},
+    "outputs": {"engine", "text"},
+    "text_engine": {"outputs", "engine", "model", "text"},
+    "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
+    "async_llm",
     "auto",
     "auto_encoding",
     "auto_generation",
     "auto_model",
     "auto_tokenizer",
     "cli",
+    "llm",
     "server",
     "train",
     "__init__",
@@ -89,10 +94,17 @@ def test_importing_puna_and_its_command_line_imports_no_torch() -> None:
 
 def test_public_names() -> None:
     assert puna.__all__ == [
+        "AsyncLLM",
         "AutoModelForCausalLM",
         "AutoTokenizer",
+        "BeamSearchParams",
+        "CompletionOutput",
+        "LLM",
         "LoraConfig",
         "PeftModel",
+        "RequestOutput",
+        "SamplingParams",
+        "StructuredOutputsParams",
         "__version__",
         "get_peft_model",
     ]

@@ -382,8 +382,9 @@ class PretrainedTokenizer:
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **settings: Any) -> list[str]:
         """Return the texts of a batch of ids."""
-        texts = self.decode(sequences, skip_special_tokens, **settings)
-        return [texts] if isinstance(texts, str) else texts
+        rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+        rows = [[row] if isinstance(row, int) else row for row in rows]
+        return [str(self.decode(row, skip_special_tokens, **settings)) for row in rows]
 
     def stream(self, *, skip_special_tokens: bool = True) -> Any:
         """Return a decoder for ids that come one by one; see `Tokenizer.stream`."""

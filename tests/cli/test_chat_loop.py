@@ -141,7 +141,7 @@ def test_parameters_are_set_shown_and_used(folder: Path) -> None:
         "X ",
     ]
     used = talk.model.params[-1]
-    assert (used.temperature, used.top_k, used.stop, used.max_tokens) == (0.25, 50, ("END",), None)
+    assert (used.temperature, used.top_k, used.stop, used.max_tokens) == (0.25, 50, ["END"], None)
 
 
 def test_modes(folder: Path) -> None:

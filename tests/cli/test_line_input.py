@@ -61,6 +61,17 @@ def test_history_is_kept_for_its_owner_only(monkeypatch: pytest.MonkeyPatch, tmp
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_history_that_cannot_be_written_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    read, _ = typing("one", "two")
+    monkeypatch.setattr("builtins.input", read)
+    lines = LineInput(tmp_path / "file" / "history")
+    assert [lines(">>> "), lines(">>> ")] == ["one", "two"]
+    assert [record.getMessage()[:22] for record in caplog.records] == ["history is not kept: ["]
+
+
 def test_history_is_read_back(tmp_path: Path) -> None:
     readline = pytest.importorskip("readline")
     file = tmp_path / "history"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,26 @@ def test_an_error_is_one_line_and_ends_with_1(capsys: pytest.CaptureFixture[str]
 def test_wrong_usage_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fly"]) == 2
     assert "No such command 'fly'" in capsys.readouterr().err
+
+
+def test_a_character_that_the_terminal_lacks_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    main(["--version"])
+    print("\u00e9", end="", flush=True)
+    assert written.getvalue().endswith(b"?")
+
+
+def test_help_is_quick() -> None:
+    """Counts processor time, which other work on the machine disturbs less; the best of three."""
+
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "puna", "--help"], capture_output=True, check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(seconds() for _ in range(3)) < 0.3
 
 
 def test_a_reader_that_leaves_is_no_noise(stories: Path) -> None:

@@ -56,6 +56,25 @@ def test_a_split_gguf_is_read_from_its_first_part(stories: Path, tmp_path: Path)
         load_tokenizer(tmp_path)
 
 
+def test_a_gguf_file_needs_no_suffix(stories: Path, tmp_path: Path) -> None:
+    """Ollama names its files by their digests."""
+    shutil.copy(stories / "gguf/stories260k-f32.gguf", tmp_path / "sha256-0123")
+    assert load_tokenizer(tmp_path / "sha256-0123").encode("a") == [1, 261]
+
+
+@pytest.mark.parametrize("key", ["normalizer", "pre_tokenizer", "decoder", "post_processor", "added_tokens"])
+def test_deep_nesting_is_refused(tmp_path: Path, key: str) -> None:
+    kinds = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    inner = kinds.get(key, "processors")
+    depth = 480
+    nested = f'{{"type": "Sequence", "{inner}": [' * depth + "]}" * depth
+    vocab = json.dumps({character: byte for byte, character in enumerate(BYTE_ALPHABET)})
+    model = f'{{"type": "BPE", "merges": [], "vocab": {vocab}}}'
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": {model}, "{key}": {nested}}}')
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: "):
+        load_tokenizer(tmp_path)
+
+
 def test_nothing_to_find(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"no tokenizer.json, no tokenizer.model and no .gguf file"):
         load_tokenizer(tmp_path)
@@ -166,7 +185,7 @@ def test_damaged_sentencepiece_files(tmp_path: Path, content: bytes, message: st
 _SERIALISED = replace(_model(), pieces=_model().pieces[-4:]).to_bytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error_or_a_model(data: st.DataObject) -> None:
     content = bytearray(_SERIALISED)
@@ -337,7 +356,7 @@ def test_a_damaged_gguf_container(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "x.gguf")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

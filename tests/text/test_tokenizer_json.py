@@ -149,7 +149,7 @@ def test_found_texts_as_transformers(pairs: dict[str, tuple[Tokenizer, Any]], na
     ours, theirs = pairs[name]
     special = st.sampled_from([*ours.special_tokens, "wow"])
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(st.one_of(any_text, word_text, st.lists(st.one_of(special, any_text)).map("".join)))
     def check(text: str) -> None:
         ids = ours.encode(text, parse_special=True)
@@ -164,7 +164,7 @@ def test_found_texts_as_transformers(pairs: dict[str, tuple[Tokenizer, Any]], na
 def test_any_ids_decode_as_transformers(pairs: dict[str, tuple[Tokenizer, Any]], name: str) -> None:
     ours, theirs = pairs[name]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(st.lists(st.integers(0, len(ours) - 1)))
     def check(ids: list[int]) -> None:
         assert ours.decode(ids) == theirs.decode(ids)
@@ -401,6 +401,15 @@ def test_bad_files_beside_it_are_refused_by_name(
     (folder / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(TokenizerError, match=message):
         load_tokenizer(folder)
+
+
+def test_an_added_id_beyond_the_vocabulary_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    data = json.loads((folders["llama3"] / "tokenizer.json").read_text())
+    _change(data, "post_processor.processors.1.special_tokens.<|begin_of_text|>.ids", [9999])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>"}')
+    with pytest.raises(TokenizerError, match="added_token_id is 9999; the vocabulary has ids 0 to"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_pad_id_beyond_the_vocabulary_is_left_out(

@@ -360,3 +360,9 @@ def test_errors_of_a_file_pass_through(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="model.safetensors: has 0 bytes"):
         load_model(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_named(stories: Path) -> None:
+    for device in ("meta", "cuda:99"):
+        with pytest.raises(ParameterError, match=device):
+            load_model(stories / "hf", device=device)

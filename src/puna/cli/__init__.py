@@ -6,9 +6,11 @@ neither torch nor rich: `puna --help` has to answer at once, so commands import 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from puna.cli.app import app
 from puna.errors import PunaError
@@ -16,6 +18,9 @@ from puna.errors import PunaError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    logging.basicConfig(format="Warning: %(message)s")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
         return _run(arguments)
     except BrokenPipeError:

@@ -6,6 +6,7 @@ The history is a text file, one line for each line entered, that only its owner 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ try:
     import readline
 except ModuleNotFoundError:  # Windows: input() has its own editing there
     readline = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 PROMPT, MORE = ">>> ", "... "
 _QUOTES = '"""'
@@ -39,7 +42,11 @@ class LineInput:
             readline.set_auto_history(self._remembers)
         line = input(prompt)
         if self._remembers and line.strip():
-            self._remember(line)
+            try:
+                self._append(line)
+            except OSError as error:
+                self._remembers = False
+                logger.warning("history is not kept: %s", error)
         return line
 
     def set_history(self, remembers: bool) -> None:
@@ -49,11 +56,15 @@ class LineInput:
     def _restore(self) -> None:
         if readline is None or not self._file.is_file():
             return
-        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            logger.warning("history cannot be read: %s", error)
+            return
         for line in lines[-_KEPT:]:
             readline.add_history(line)
 
-    def _remember(self, text: str) -> None:
+    def _append(self, text: str) -> None:
         self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with open(descriptor, "a", encoding="utf-8", errors="replace") as file:
@@ -72,4 +83,5 @@ def read_message(read: Callable[[str], str]) -> str:
     lines = [text]
     while not lines[-1].endswith(_QUOTES):
         lines.append(read(MORE))
-    return command + "\n".join(lines).removesuffix(_QUOTES)
+    text = command + "\n".join(lines).removesuffix(_QUOTES)
+    return text if command.strip() else " " * text.startswith("/") + text  # a quoted "/" is no command

@@ -61,7 +61,7 @@ def parameter_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         if name == "stop":
             rows.extend(("stop", quoted(text)) for text in value)
         elif value is not None:
-            rows.append((theirs[name], f"{value:g}" if isinstance(value, float) else str(value)))
+            rows.append((theirs.get(name, name), f"{value:g}" if isinstance(value, float) else str(value)))
     return rows
 
 

@@ -1,10 +1,10 @@
 """Hold the chat formats of the Llama models, for checkpoints that come without a chat template.
 
-Each is a jinja text of our own that writes, byte for byte, what the model's official template writes (Llama 2,
-3, 3.1, 3.2 and 4 as published on the Hugging Face hub; 3.3 is taken to use 3.1's). Without a date, 3.1 writes a
-fixed one and 3.2 today's. They take the official variables: tools, custom_tools, tools_in_user_message,
-builtin_tools (3.1 only), date_string. Where an official template would leave tools out without a word, ours
-refuse.
+Each is a jinja text of our own that writes, byte for byte, what the model's official template writes (Llama
+2, 3, 3.1, 3.2 and 4 as published on the Hugging Face hub; 3.3 is taken to use 3.1's). Without a date, 3.1
+writes a fixed one and 3.2 today's. They take the official variables: tools, custom_tools,
+tools_in_user_message, builtin_tools (3.1 only), date_string. Where an official template would leave tools out
+without a word, ours refuse.
 """
 
 from __future__ import annotations

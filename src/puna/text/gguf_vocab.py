@@ -27,7 +27,7 @@ from puna.text.byte_level import (
 from puna.text.sentencepiece_file import build_parts
 from puna.text.sentencepiece_model import Piece, PieceType, SentencePieceModel, check_pieces
 from puna.text.token_bytes import byte_of
-from puna.text.vocabulary import TURN_ENDS, TokenizerParts, check_token
+from puna.text.vocabulary import END_TOKENS, TokenizerParts, check_token
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
 _END_TOKENS = frozenset(
     {
-        *TURN_ENDS,
+        *END_TOKENS,
         "<|end_of_text|>",
         "<|endoftext|>",
         "<|im_end|>",
@@ -129,10 +129,11 @@ class _Reader:
         values = self.per_token("token_type", int)
         if values is None:
             return None
+        kinds = {0: PieceType.NORMAL} | {int(kind): kind for kind in PieceType}
         for token_id, value in enumerate(values):
-            if not 0 <= value <= max(PieceType):
+            if value not in kinds:
                 raise TokenizerError(f"{self.path}: {_PREFIX}token_type of token {token_id} is {value}")
-        return [PieceType(value or PieceType.NORMAL) for value in values]
+        return [kinds[value] for value in values]
 
     def merges(self) -> list[tuple[str, str]]:
         """Return the merges; each is "left right", cut at the first space that is not its first character."""

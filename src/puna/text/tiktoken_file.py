@@ -13,7 +13,7 @@ from pathlib import Path
 from puna.errors import TokenizerError
 from puna.text.byte_level import LLAMA3_SPLIT, LLAMA4_SPLIT, build_encoder, merges_of_ranks, to_alphabet
 from puna.text.tokenizer_config import HfTokenizerConfig, apply_config
-from puna.text.vocabulary import MAX_TOKEN_CHARS, TURN_ENDS, TokenizerParts, check_token
+from puna.text.vocabulary import END_TOKENS, MAX_TOKEN_CHARS, TokenizerParts, check_token
 
 LLAMA3_TOKENS = 128_000
 LLAMA4_TOKENS = 200_000
@@ -73,7 +73,7 @@ def _build(path: Path, base: list[bytes], specials: list[str], split: str, *, pa
     names = [to_alphabet(token) for token in base]
     vocab = {name: rank for rank, name in enumerate(names)}
     ids = {name: len(base) + index for index, name in enumerate(specials)}
-    ends = [ids[name] for name in ("<|end_of_text|>", *TURN_ENDS) if name in ids]
+    ends = [ids[name] for name in END_TOKENS if name in ids]
     return TokenizerParts(
         tokens=names + specials,
         token_bytes=base + [name.encode() for name in specials],

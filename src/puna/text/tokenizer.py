@@ -8,13 +8,13 @@ tiktoken, SentencePiece and Transformers for the same files. Knows no chat forma
 
 from __future__ import annotations
 
-import re
+import operator
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 from puna.errors import ModelNotFoundError, ParameterError, TokenizerError
-from puna.gguf_header import read_metadata
+from puna.gguf_header import is_gguf, list_ggufs, read_metadata
 from puna.text.gguf_vocab import read_gguf_vocab
 from puna.text.sentencepiece_file import read_sentencepiece
 from puna.text.special_split import SpecialSplitter
@@ -128,7 +128,8 @@ class Tokenizer:
         Equals what `stream` gives for them. Raises `ParameterError` for an id outside the vocabulary.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset()
-        data = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in skipped])
+        numbers = map(operator.index, ids)
+        data = b"".join([self.token_bytes(token_id) for token_id in numbers if token_id not in skipped])
         if self._parts.drops_leading_space:
             data = data.removeprefix(b" ")
         return data.decode(errors=self._parts.utf8_errors)
@@ -173,7 +174,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     `ModelNotFoundError` when there is none and `TokenizerError` for one that cannot be used.
     """
     file = _find_file(Path(path))
-    return Tokenizer(_read(file), file)
+    try:
+        return Tokenizer(_read(file), file)
+    except RecursionError:
+        raise TokenizerError(f"{file}: nested too deeply") from None
 
 
 def _find_file(path: Path) -> Path:
@@ -191,12 +195,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _find_gguf(folder: Path) -> Path:
-    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
-    first = [
-        file
-        for file in files
-        if not re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name
-    ]
+    first = list_ggufs(folder)
     if not first:
         raise ModelNotFoundError(
             f"{folder}: no tokenizer.json, no tokenizer.model and no .gguf file in this folder"
@@ -209,11 +208,11 @@ def _find_gguf(folder: Path) -> Path:
 
 
 def _read(path: Path) -> TokenizerParts:
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return read_gguf_vocab(path, read_metadata(path))
-    if path.suffix == ".json":
-        return read_tokenizer_json(path, read_tokenizer_config(path.parent))
     try:
+        if path.suffix == ".json":
+            return read_tokenizer_json(path, read_tokenizer_config(path.parent))
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error

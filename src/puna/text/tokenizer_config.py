@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
-from puna.text.vocabulary import TURN_ENDS, TokenizerParts
+from puna.text.vocabulary import END_TOKENS, TokenizerParts
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def apply_config(parts: TokenizerParts, config: HfTokenizerConfig, path: Path) -
     """Return the parts with the roles, the ids that end a turn, and the templates of the config.
 
     A role goes by the token's name, then by the id in the model's config. eos ids are the union of both; a
-    tokenizer with a chat template also ends turns at the end-of-turn tokens that it knows by name, since the
-    first Llama 3 release listed only <|end_of_text|> and never stopped.
+    tokenizer with a chat template also ends at the tokens that Llama 3 and 4 are known to end a turn with:
+    the first Llama 3 release listed only <|end_of_text|> and never stopped.
     """
     size = len(parts.tokens)
     roles = {
@@ -75,7 +75,7 @@ def apply_config(parts: TokenizerParts, config: HfTokenizerConfig, path: Path) -
     eos = roles.get("eos", parts.eos_token_id)
     ends = set(config.eos_ids) | ({eos} if eos is not None else set())
     if config.chat_templates:
-        ends.update(parts.special_tokens[name] for name in TURN_ENDS if name in parts.special_tokens)
+        ends.update(parts.special_tokens[name] for name in END_TOKENS if name in parts.special_tokens)
     return replace(
         parts,
         bos_token_id=roles.get("bos", parts.bos_token_id),
@@ -95,8 +95,6 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    except RecursionError:
-        raise TokenizerError(f"{path}: nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError, both with the place
         raise TokenizerError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -262,19 +262,19 @@ def _read_merges(path: Path, model: _Json, unreachable: set[str]) -> list[tuple[
     entries = model.get("merges")
     if not isinstance(entries, list):
         raise TokenizerError(f"{path}: model.merges is no list")
-    merges: list[tuple[str, str]] = []
-    for index, entry in enumerate(entries):
-        pair: Sequence[object] = entry.split(" ") if isinstance(entry, str) else entry
-        match pair:
-            case [str(left), str(right)] if left and right:
-                merges.append((left, right))
-            case _:
-                raise TokenizerError(
-                    f"{path}: model.merges[{index}] is {str(entry)[:80]!r}; two tokens are expected"
-                )
+    pairs = [tuple(entry.split(" ") if isinstance(entry, str) else _as_list(entry)) for entry in entries]
+    for index, pair in enumerate(pairs):
+        if len(pair) != 2 or not (pair[0] and pair[1] and type(pair[0]) is type(pair[1]) is str):
+            shown = str(entries[index])[:80]
+            raise TokenizerError(f"{path}: model.merges[{index}] is {shown!r}; two tokens are expected")
+    merges: list[tuple[str, str]] = pairs
     if unreachable:
         merges = [(a, b) for a, b in merges if unreachable.isdisjoint((a, b, a + b))]
     return merges
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _warn_of_missing_bytes(path: Path, data: _Json, vocab: Mapping[str, int]) -> None:

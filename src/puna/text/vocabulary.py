@@ -21,8 +21,8 @@ Utf8Errors = Literal["replace", "puna-bytewise"]
 
 MAX_TOKEN_CHARS = 1 << 16
 
-TURN_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|eom|>", "<|eot|>")
-"""The tokens by which Llama 3 and 4 end a message or a turn."""
+END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|eom|>", "<|eot|>")
+"""The tokens by which Llama 3 and 4 end a text, a message or a turn."""
 
 
 class TextEncoder(Protocol):
@@ -57,23 +57,20 @@ class TokenizerParts:
 
 def check_parts(parts: TokenizerParts, path: Path) -> TokenizerParts:
     """Return the parts, or raise `TokenizerError` when a role points outside the vocabulary."""
-    size = len(parts.tokens)
-    roles = {
-        "bos": parts.bos_token_id,
-        "eos": parts.eos_token_id,
-        "pad": parts.pad_token_id,
-        "unk": parts.unk_token_id,
+    last = len(parts.tokens) - 1
+    roles: dict[str, list[int | None]] = {
+        "bos": [parts.bos_token_id],
+        "eos": [parts.eos_token_id, *sorted(parts.eos_token_ids)],
+        "pad": [parts.pad_token_id],
+        "unk": [parts.unk_token_id],
+        "added": [*parts.prefix_ids, *parts.suffix_ids],
     }
-    for name, token_id in roles.items():
-        if token_id is not None and not 0 <= token_id < size:
-            raise TokenizerError(
-                f"{path}: {name}_token_id is {token_id}; the vocabulary has ids 0 to {size - 1}"
-            )
-    for token_id in sorted(parts.eos_token_ids):
-        if not 0 <= token_id < size:
-            raise TokenizerError(
-                f"{path}: eos_token_id is {token_id}; the vocabulary has ids 0 to {size - 1}"
-            )
+    for name, ids in roles.items():
+        for token_id in ids:
+            if token_id is not None and not 0 <= token_id <= last:
+                raise TokenizerError(
+                    f"{path}: {name}_token_id is {token_id}; the vocabulary has ids 0 to {last}"
+                )
     return parts
 
 
