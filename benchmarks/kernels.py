@@ -12,6 +12,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ def main() -> None:
         x = torch.randn(tokens, args.columns)
         candidates: dict[str, tuple[Callable[[], object], int]] = {
             "read (sum)": (lambda: memory.sum(), memory.nbytes),
-            "torch float32": (lambda x=x: functional.linear(x, plain), plain.nbytes),
+            "torch float32": (partial(functional.linear, x, plain), plain.nbytes),
         }
         for name, copies in weights.items():
-            candidates[name] = (lambda x=x, copies=copies: next_product(x, copies), copies[0].tiles.nbytes)
+            candidates[name] = (partial(next_product, x, copies), copies[0].tiles.nbytes)
         if tokens <= 32:
-            half, narrow = x.bfloat16(), plain.bfloat16()
-            call = lambda half=half, narrow=narrow: functional.linear(half, narrow)  # noqa: E731
+            narrow = plain.bfloat16()
+            call = partial(functional.linear, x.bfloat16(), narrow)
             candidates["torch bfloat16"] = (call, narrow.nbytes)
         report(tokens, 2 * tokens * plain.numel(), measure(candidates, args.rounds), candidates)
 

@@ -5,9 +5,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
 #endif
 
 namespace puna {
@@ -41,12 +38,6 @@ std::vector<const KernelTable*> find_usable() {
   if (has_avx512()) found.push_back(&kAvx512Kernels);
   if (has_avx2() && has_avx_vnni()) found.push_back(&kAvxVnniKernels);
   if (has_avx2()) found.push_back(&kAvx2Kernels);
-#elif defined(__aarch64__)
-#if defined(__linux__)
-  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&kNeonKernels);
-#else
-  found.push_back(&kNeonKernels);  // every Arm Mac has the dot product
-#endif
 #endif
   found.push_back(&kPortableKernels);
   return found;

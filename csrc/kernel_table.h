@@ -51,8 +51,6 @@ extern const KernelTable kPortableKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512Kernels;
-#elif defined(__aarch64__)
-extern const KernelTable kNeonKernels;
 #endif
 
 }  // namespace puna

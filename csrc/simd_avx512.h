@@ -5,10 +5,7 @@
 #pragma once
 
 #ifdef PUNA_EMULATE_AVX512
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
+#include "emulate_avx512.h"
 #else
 #include <immintrin.h>
 #endif

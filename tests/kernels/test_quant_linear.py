@@ -62,7 +62,7 @@ def random_activations(tokens: int, columns: int, *, seed: int = 1) -> Tensor:
 
 
 def multiply(x: Tensor, rows: Tensor, kind: GGMLType) -> Tensor:
-    (out,) = cpu.quant_linear(x, [cpu.TiledWeight.pack(rows, kind)])
+    out: Tensor = cpu.quant_linear(x, [cpu.TiledWeight.pack(rows, kind)])[0]
     return out
 
 
