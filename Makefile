@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: chat test slow check fix bench clean
+.PHONY: chat test check fix bench clean
 
 chat: $(VENV)/.run        ## install, then chat with cria, the embedded model
 	@$(BIN)/puna run

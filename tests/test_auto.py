@@ -72,6 +72,17 @@ def test_stop_strings_as_transformers_stops_at_them(stories: Path, stop: str | l
     assert rows[0] == rows[1] and len(rows[0][0]) < 34
 
 
+def test_transformers_own_streamer_prints_the_text(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import TextStreamer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories / "hf")
+    model = AutoModelForCausalLM.from_pretrained(stories / "hf")
+    prompt = tokenizer("Once upon", return_tensors="pt")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    outputs = model.generate(**prompt, max_new_tokens=40, streamer=streamer)
+    assert capsys.readouterr().out == tokenizer.decode(outputs[0], skip_special_tokens=True) + "\n"
+
+
 def test_the_checkpoints_generation_config_is_the_models(folder: Path, theirs: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -12,6 +12,7 @@ from torch import Tensor
 from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
 from puna.errors import ParameterError, UnsupportedError
+from puna.weights.quant import GGMLType, QuantTensor, swap_in
 
 from tiny import hf_llama, hf_llama4, puna_twin
 
@@ -210,7 +211,7 @@ def test_it_ends_with_the_context_and_says_so(ours: CausalLM, caplog: pytest.Log
     out = ours.generate(torch.ones(1, 250, dtype=torch.long), max_new_tokens=100)
     assert out.shape == (1, 256)
     assert "context of 256 tokens" in caplog.text
-    with pytest.raises(ParameterError, match="context is 256"):
+    with pytest.raises(ParameterError, match="256 tokens.*max_model_len 256"):
         ours.generate(torch.ones(1, 256, dtype=torch.long), max_new_tokens=1)
 
 
@@ -426,6 +427,17 @@ def test_counts_dtype_and_moves(theirs: Any, ours: CausalLM) -> None:
     assert (ours.dtype, ours.device) == (torch.float32, torch.device("cpu"))
     assert ours.to(torch.bfloat16).dtype == torch.bfloat16
     assert ours.eval() is ours and not ours.training
+
+
+def test_quantised_weights_count_by_their_values(theirs: Any, ours: CausalLM) -> None:
+    import gguf
+
+    name = "model.layers.0.self_attn.q_proj.weight"
+    packed = gguf.quants.quantize(ours.state_dict()[name].numpy(), gguf.GGMLQuantizationType.Q8_0)
+    swap_in(ours.llama, name, QuantTensor(torch.from_numpy(packed), GGMLType.Q8_0))
+    assert ours.num_parameters() == theirs.num_parameters()
+    assert ours.num_parameters() == sum(p.numel() for p in ours.parameters()) + 64 * 64
+    torch.testing.assert_close(ours(ONE).logits, theirs(ONE).logits.detach(), atol=0.1, rtol=0.1)
 
 
 def test_tied_embeddings_are_the_head() -> None:

@@ -24,15 +24,20 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels"},
     "weights": {"model", "kernels", "gguf_header"},
     "engine": {"weights", "model", "kernels"},
-    "session": {"engine", "weights", "model", "text", "cria", "gguf_header"},
+    "locate": {"cria", "gguf_header"},
+    "outputs": {"engine", "text"},
+    "text_engine": {"outputs", "engine", "model", "text"},
+    "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
+    "async_llm",
     "auto",
     "auto_encoding",
     "auto_generation",
     "auto_model",
     "auto_tokenizer",
     "cli",
+    "llm",
     "server",
     "train",
     "__init__",
@@ -87,4 +92,15 @@ def test_importing_puna_and_its_command_line_imports_no_torch() -> None:
 
 
 def test_public_names() -> None:
-    assert puna.__all__ == ["AutoModelForCausalLM", "AutoTokenizer", "__version__"]
+    assert puna.__all__ == [
+        "AsyncLLM",
+        "AutoModelForCausalLM",
+        "AutoTokenizer",
+        "BeamSearchParams",
+        "CompletionOutput",
+        "LLM",
+        "RequestOutput",
+        "SamplingParams",
+        "StructuredOutputsParams",
+        "__version__",
+    ]

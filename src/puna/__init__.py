@@ -9,17 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from puna.async_llm import AsyncLLM as AsyncLLM
     from puna.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from puna.auto import AutoTokenizer as AutoTokenizer
+    from puna.engine.sampling import BeamSearchParams as BeamSearchParams
+    from puna.engine.sampling import SamplingParams as SamplingParams
+    from puna.engine.sampling import StructuredOutputsParams as StructuredOutputsParams
+    from puna.llm import LLM as LLM
+    from puna.outputs import CompletionOutput as CompletionOutput
+    from puna.outputs import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AsyncLLM": "puna.async_llm",
     "AutoModelForCausalLM": "puna.auto",
     "AutoTokenizer": "puna.auto",
+    "BeamSearchParams": "puna.engine.sampling",
+    "CompletionOutput": "puna.outputs",
+    "LLM": "puna.llm",
+    "RequestOutput": "puna.outputs",
+    "SamplingParams": "puna.engine.sampling",
+    "StructuredOutputsParams": "puna.engine.sampling",
 }
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "__version__"]
+__all__ = [
+    "AsyncLLM",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "LLM",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

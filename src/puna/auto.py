@@ -18,8 +18,8 @@ from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
 from puna.auto_tokenizer import PretrainedTokenizer
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
+from puna.locate import find_model
 from puna.model import LlamaConfig
-from puna.session import find_model
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.text.tokenizer_config import read_json
 from puna.weights.loader import load_model, open_checkpoint
@@ -116,7 +116,7 @@ class AutoTokenizer:
             tokenizer,
             padding_side=padding_side or config.get("padding_side") or _default_side(config, tokenizer),
             truncation_side=truncation_side or config.get("truncation_side") or "right",
-            model_max_length=int(model_max_length or config.get("model_max_length") or UNLIMITED),
+            model_max_length=_max_length(model_max_length, config.get("model_max_length")),
             name_or_path=str(pretrained_model_name_or_path),
         )
         if pad_token is not None:
@@ -175,6 +175,17 @@ def _check(where: str, given: Mapping[str, Any], without_effect: Mapping[str, tu
             raise ParameterError(f"{where} has no parameter {name!r}")
         if value is not None and value not in without_effect[name]:
             raise UnsupportedError(f"{where} does not support {name}={value!r}")
+
+
+def _max_length(given: int | None, declared: object) -> int:
+    """Return the longest input: as given, else as the tokenizer's config says, else none."""
+    if given is not None:
+        if given < 1:
+            raise ParameterError(f"model_max_length must be at least 1, got {given}")
+        return given
+    if isinstance(declared, int | float) and not isinstance(declared, bool) and declared >= 1:
+        return int(declared)
+    return UNLIMITED
 
 
 def _local_path(name: str | Path, gguf_file: str | None) -> Path:

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from puna.engine.generate import generate, start
+from puna.engine.llm_engine import EngineConfig, LLMEngine
+from puna.engine.request import Sequence
 from puna.engine.sampling import SamplingParams
-from puna.engine.sequence import Sequence
 from puna.errors import CheckpointError, ParameterError, UnsupportedError
 from puna.model import Llama, LlamaConfig
 
@@ -232,7 +232,7 @@ def make_plan(config: GenerationConfig, width: int, model: LlamaConfig) -> Plan:
     Raises ParameterError where a value is out of range or the prompt is longer than `max_length` allows.
     """
     do_sample = bool(config.do_sample)
-    new = _max_new_tokens(config, width, model.max_position_embeddings)
+    new = _max_new_tokens(config, width, model.context_length)
     top_k = 50 if config.top_k is None else config.top_k
     number = 1 if config.num_return_sequences is None else config.num_return_sequences
     if number < 1 or (number > 1 and not do_sample):
@@ -245,6 +245,8 @@ def make_plan(config: GenerationConfig, width: int, model: LlamaConfig) -> Plan:
         )
     eos = eos_ids(config)
     stop = config.stop_strings
+    if stop is not None and not all((stop,) if isinstance(stop, str) else stop):
+        raise ParameterError(f"stop_strings cannot contain an empty string, got {stop!r}")
     return Plan(
         params=SamplingParams(
             temperature=_or(config.temperature, 1.0) if do_sample else 0.0,
@@ -331,20 +333,23 @@ def run(
     if plan.num_return_sequences > 1:
         ids, mask = (t.repeat_interleave(plan.num_return_sequences, dim=0) for t in (ids, mask))
     _check_batch(len(ids), plan, tokenizer, streamer)
-    sequences = [_start(llama, row, kept, plan) for row, kept in zip(ids, mask, strict=True)]
-    stops = {
-        id(s): StopText(plan.stop_strings, tokenizer, s.prompt_ids) for s in sequences if plan.stop_strings
-    }
+    prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+    stops = [StopText(plan.stop_strings, tokenizer, prompt) for prompt in prompts if plan.stop_strings]
     if streamer is not None:
         streamer.put(ids.cpu())
-    for sequence, token_id in generate(llama, sequences):
-        if streamer is not None:
-            streamer.put(torch.tensor([token_id]))
-        if stops and stops[id(sequence)].push(token_id):
-            sequence.finish_reason = "stop"
+    sequences: list[Sequence | None] = [None] * len(prompts)
+    engine = _engine(llama, prompts, plan)
+    while engine.has_unfinished:
+        for output in engine.step():
+            row = int(output.sequence.request_id)
+            sequences[row] = output.sequence
+            if streamer is not None:
+                streamer.put(torch.tensor(output.new_token_ids))
+            if stops and stops[row].push(output.new_token_ids[0]) and not output.sequence.finish_reason:
+                engine.finish(output.sequence, "stop")
     if streamer is not None:
         streamer.end()
-    return torch.cat([ids, _padded(sequences, plan).to(ids.device)], dim=1)
+    return torch.cat([ids, _padded([s for s in sequences if s is not None], plan).to(ids.device)], dim=1)
 
 
 def _check_batch(rows: int, plan: Plan, tokenizer: Any, streamer: Streamer | None) -> None:
@@ -356,11 +361,20 @@ def _check_batch(rows: int, plan: Plan, tokenizer: Any, streamer: Streamer | Non
         raise UnsupportedError(f"a streamer takes one sequence, not {rows}")
 
 
-def _start(llama: Llama, row: Tensor, kept: Tensor, plan: Plan) -> Sequence:
-    params = plan.params
-    if plan.do_sample:
-        params = replace(params, seed=int(torch.randint(0, 2**62, ())))
-    return start(llama, row[kept].tolist(), params)
+def _engine(llama: Llama, prompts: list[list[int]], plan: Plan) -> LLMEngine:
+    """Return an engine with the prompts added, and a cache that just holds them all."""
+    context, wanted = llama.config.context_length, plan.params.max_tokens or 0
+    lengths = [min(len(prompt) + wanted, context) for prompt in prompts]
+    block_size = EngineConfig.block_size
+    num_blocks = sum(-(-length // block_size) for length in lengths)
+    config = EngineConfig(num_blocks=num_blocks, max_num_seqs=len(prompts), max_model_len=max(lengths))
+    engine = LLMEngine(llama, config)
+    for row, prompt in enumerate(prompts):
+        params = plan.params
+        if plan.do_sample:
+            params = replace(params, seed=int(torch.randint(0, 2**62, ())))
+        engine.add(str(row), prompt, params)
+    return engine
 
 
 def _padded(sequences: list[Sequence], plan: Plan) -> Tensor:

@@ -382,6 +382,8 @@ class PretrainedTokenizer:
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **settings: Any) -> list[str]:
         """Return the texts of a batch of ids."""
+        if len(sequences) == 0:
+            return []
         texts = self.decode(sequences, skip_special_tokens, **settings)
         return [texts] if isinstance(texts, str) else texts
 

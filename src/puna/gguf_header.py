@@ -11,6 +11,7 @@ order of them are allowed.
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -382,3 +383,24 @@ class _HeaderReader:
 def _shown(name: str) -> str:
     """Return a name for an error: quoted, never longer than a line."""
     return repr(name if len(name) <= 100 else name[:100] + "...")
+
+
+_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+
+
+def is_gguf(path: Path) -> bool:
+    """Say whether a file is a GGUF, by its name or its first bytes (Ollama's blobs have no suffix)."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def list_ggufs(folder: Path) -> list[Path]:
+    """Return the GGUF models of a folder, the first file of each split one; projectors are no models."""
+    paths = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
+    parts = {path: _PART.search(path.name) for path in paths}
+    return [p for p, part in parts.items() if part is None or int(part[1]) == 1] or paths[:1]

@@ -141,7 +141,7 @@ def test_parameters_are_set_shown_and_used(folder: Path) -> None:
         "X ",
     ]
     used = talk.model.params[-1]
-    assert (used.temperature, used.top_k, used.stop, used.max_tokens) == (0.25, 50, ("END",), None)
+    assert (used.temperature, used.top_k, used.stop, used.max_tokens) == (0.25, 50, ["END"], None)
 
 
 def test_modes(folder: Path) -> None:
@@ -167,7 +167,10 @@ def test_modes(folder: Path) -> None:
         ("/load", "Usage:\n  /load <model>"),
         ("/clear", "Cleared session context"),
         ("/save mine", "'/save' is not available: Puna keeps no library of models yet."),
-        ("/set format json", "'/set format' is not available: Puna cannot hold answers to JSON yet."),
+        (
+            "/set format json",
+            "'/set format' is not available in the chat: use StructuredOutputsParams in Python.",
+        ),
         ("/set think", "'/set think' is not available: Llama models have no separate thinking."),
     ],
 )

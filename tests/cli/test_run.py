@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from puna.cli.app import app
+from puna.cria import FOLDER
 from puna.errors import ModelNotFoundError, ParameterError
 
 FORMATS = ("hf", "meta", "gguf/stories260k-f32.gguf")
@@ -114,6 +115,13 @@ def test_a_typing_error_in_a_path_is_not_sent_to_a_model_as_a_prompt() -> None:
     assert "to prompt it" not in error_of(invoke("/no/such/model", "hi"))
 
 
+@pytest.mark.parametrize("name", ["", "word " * 1000, "~nobody-of-that-name/model", "a\0b"])
+def test_names_that_no_file_has_are_not_found(name: str) -> None:
+    message = error_of(invoke(name))
+    assert message.startswith("no model '")
+    assert len(message) < 400
+
+
 def test_broken_text_is_refused(stories: Path) -> None:
     assert error_of(invoke(str(stories / "hf"), piped=b"a\xff")) == (
         "standard input is not UTF-8 text: see byte 1"
@@ -152,3 +160,21 @@ def test_ctrl_c_ends_an_answer_and_is_no_error(stories: Path, monkeypatch: pytes
     monkeypatch.setattr(Session, "stream", cut)
     result = invoke(str(stories / "hf"), "x")
     assert (result.exit_code, result.stdout) == (0, "half")
+
+
+@pytest.mark.skipif(not (FOLDER / "model.safetensors").exists(), reason="cria has not been trained here")
+@pytest.mark.parametrize(
+    ("arguments", "piped"),
+    [(("cria", "Who are you?"), ""), ((), "Who are you?\n"), (("cria", "you?"), "Who are")],
+)
+def test_cria_answers_and_is_there_when_nothing_is_named(arguments: Sequence[str], piped: str) -> None:
+    result = invoke(*arguments, "--temperature", "0", "--max-tokens", "100", piped=piped)
+    assert result.exit_code == 0
+    assert "cria" in result.stdout
+
+
+@pytest.mark.skipif(not (FOLDER / "model.safetensors").exists(), reason="cria has not been trained here")
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_an_empty_message_to_a_chat_model_is_an_error(prompt: str) -> None:
+    message = "the prompt is empty: give one after the model, or on standard input"
+    assert error_of(invoke("cria", prompt)) == message

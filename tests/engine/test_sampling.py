@@ -1,4 +1,4 @@
-"""Each sampling rule on logits where the right answer is known."""
+"""Each sampling rule on logits where the right answer is known, and each refusal by name."""
 
 from __future__ import annotations
 
@@ -7,77 +7,178 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from puna.engine.sampling import SamplingParams, make_generator, sample
+from puna.engine.request import Sequence
+from puna.engine.sampler import logprobs_of, sample
+from puna.engine.sampling import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from puna.errors import ParameterError
 
-LOGITS = torch.tensor([0.5, 0.1, 0.2, 0.15, 0.05]).log()
+CHANCES = [0.5, 0.1, 0.2, 0.15, 0.05]
+LOGITS = torch.tensor(CHANCES).log()
 
 
-def counts(params: SamplingParams, logits: Tensor = LOGITS, draws: int = 4000, **context: Any) -> list[float]:
-    generator = make_generator(0)
-    drawn = [sample(logits, params, generator, **context) for _ in range(draws)]
+def sequence_for(
+    params: SamplingParams, prompt: list[int] | None = None, output: list[int] | None = None
+) -> Sequence:
+    sequence = Sequence("a", prompt or [0], params, max_tokens=10**6)
+    sequence.token_ids += output or []
+    return sequence
+
+
+def one(logits: Tensor, params: SamplingParams, **context: Any) -> int:
+    drawn = sample(logits, sequence_for(params, **context))
+    assert drawn is not None
+    return drawn
+
+
+def test_where_nothing_is_allowed_nothing_is_drawn() -> None:
+    params = SamplingParams(allowed_token_ids=[1], bad_words_token_ids=[[1]])
+    assert sample(LOGITS, sequence_for(params)) is None
+
+
+def shares(logits: Tensor, draws: int = 3000, **params: Any) -> list[float]:
+    sequence = sequence_for(SamplingParams(seed=0, **params))
+    drawn = [sample(logits, sequence) for _ in range(draws)]
     return [drawn.count(token) / draws for token in range(len(logits))]
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
-    assert sample(torch.tensor([1.0, 3.0, 3.0]), SamplingParams(temperature=0.0), make_generator(0)) == 1
+    assert one(torch.tensor([1.0, 3.0, 3.0]), SamplingParams(temperature=0.0)) == 1
 
 
 def test_plain_sampling_follows_the_probabilities() -> None:
-    assert counts(SamplingParams()) == pytest.approx([0.5, 0.1, 0.2, 0.15, 0.05], abs=0.03)
+    assert shares(LOGITS) == pytest.approx(CHANCES, abs=0.03)
 
 
 def test_temperature_sharpens() -> None:
-    squared = [p * p for p in (0.5, 0.1, 0.2, 0.15, 0.05)]
+    squared = [p * p for p in CHANCES]
     expected = [p / sum(squared) for p in squared]
-    assert counts(SamplingParams(temperature=0.5)) == pytest.approx(expected, abs=0.03)
+    assert shares(LOGITS, temperature=0.5) == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize(
     ("params", "kept"),
     [
-        (SamplingParams(top_k=2), {0, 2}),
-        (SamplingParams(top_k=-1), {0, 1, 2, 3, 4}),
-        (SamplingParams(top_p=0.5), {0}),
-        (SamplingParams(top_p=0.71), {0, 2, 3}),
-        (SamplingParams(top_p=0.01), {0}),
-        (SamplingParams(min_p=0.25), {0, 2, 3}),
-        (SamplingParams(min_p=1.0), {0}),
-        (SamplingParams(top_k=3, top_p=0.5), {0}),
+        ({"top_k": 2}, {0, 2}),
+        ({"top_k": -1}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.49}, {0}),
+        ({"top_p": 0.71}, {0, 2, 3}),
+        ({"top_p": 0.01}, {0}),
+        ({"min_p": 0.25}, {0, 2, 3}),
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.55}, {0}),  # of the three that top-k left, the first has 0.59
+        ({"allowed_token_ids": [1, 4]}, {1, 4}),
+        ({"logit_bias": {0: -math.inf}}, {1, 2, 3, 4}),
+        ({"bad_words_token_ids": [[0], [2]]}, {1, 3, 4}),
     ],
+    ids=str,
 )
-def test_truncation_keeps_exactly(params: SamplingParams, kept: set[int]) -> None:
-    assert {i for i, share in enumerate(counts(params)) if share} == kept
+def test_truncation_keeps_exactly(params: dict[str, Any], kept: set[int]) -> None:
+    assert {i for i, share in enumerate(shares(LOGITS, draws=600, **params)) if share} == kept
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=2, max_size=40),
+    st.floats(0.05, 1.0),
+    st.integers(0, 10),
+    st.floats(0.0, 0.5),
+    st.integers(0, 5),
+)
+def test_what_is_drawn_is_never_what_was_cut(
+    values: list[float], top_p: float, top_k: int, min_p: float, seed: int
+) -> None:
+    logits = torch.tensor(values)
+    drawn = one(logits, SamplingParams(top_p=top_p, top_k=top_k, min_p=min_p, seed=seed))
+    chances = logits.softmax(dim=-1)
+    assert chances[drawn] >= min_p * chances.max() * (1 - 1e-5)
+    if top_k:
+        assert int((logits > logits[drawn]).sum()) < top_k
+    kept = chances * (chances >= min_p * chances.max() * (1 - 1e-6))
+    if top_k:
+        kept = kept * (logits >= logits.topk(min(top_k, len(values))).values[-1])
+    likelier = kept[kept > kept[drawn]].sum() / kept.sum()
+    assert likelier < top_p + 1e-5
+
+
+def test_top_p_over_a_large_vocabulary_equals_sorting_it_all() -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3
+    ordered = logits.sort(descending=True)
+    chances = ordered.values.softmax(dim=-1)
+    kept = set(ordered.indices[(chances.cumsum(0) - chances) < 0.6].tolist())
+    sequence = sequence_for(SamplingParams(top_p=0.6, seed=0))
+    assert {sample(logits, sequence) for _ in range(400)} <= kept
+    flat = torch.zeros(5000)  # here the likeliest 1,024 are not enough
+    wide = sequence_for(SamplingParams(top_p=0.9, seed=0))
+    assert len({sample(flat, wide) for _ in range(400)}) > 300
+
+
+def test_typical_sampling_drops_the_least_surprising_too() -> None:
+    logits = torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]).log()
+    # entropy 1.23; surprises 0.51 and 2.30: the likeliest is nearer
+    assert {i for i, s in enumerate(shares(logits, draws=300, typical_p=0.5)) if s} == {0}
+    flat_top = torch.tensor([0.3, 0.14, 0.14, 0.14, 0.14, 0.14]).log()
+    # entropy 1.74; surprises 1.20 and 1.97: the five are nearer
+    assert {i for i, s in enumerate(shares(flat_top, draws=600, typical_p=0.6)) if s} == {1, 2, 3, 4, 5}
 
 
 def test_top_k_keeps_ties_of_the_last_one() -> None:
-    shares = counts(SamplingParams(top_k=2), torch.tensor([2.0, 1.0, 1.0, 0.0]))
-    assert shares[1] > 0 and shares[2] > 0 and shares[3] == 0
+    found = shares(torch.tensor([2.0, 1.0, 1.0, 0.0]), top_k=2)
+    assert found[1] > 0 and found[2] > 0 and found[3] == 0
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0, -1.5])
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
-    assert sample(logits, params, make_generator(0), prompt_ids=[0]) == 1
-    assert sample(logits[2:], params, make_generator(0), output_ids=[0]) == 1
+    assert one(logits, params, prompt=[0]) == 1
+    assert one(logits[2:], params, prompt=[1], output=[0]) == 0
+    assert one(torch.tensor([-1.0, -1.5, -9.0]), params, prompt=[2], output=[0]) == 1
 
 
 def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     logits = torch.tensor([2.0, 1.9, 0.0])
     presence = SamplingParams(temperature=0.0, presence_penalty=0.2)
     frequency = SamplingParams(temperature=0.0, frequency_penalty=0.06)
-    assert sample(logits, presence, make_generator(0), prompt_ids=[0, 0]) == 0
-    assert sample(logits, presence, make_generator(0), output_ids=[0]) == 1
-    assert sample(logits, frequency, make_generator(0), output_ids=[0]) == 0
-    assert sample(logits, frequency, make_generator(0), output_ids=[0, 0]) == 1
+    assert one(logits, presence, prompt=[0, 0]) == 0
+    assert one(logits, presence, output=[0]) == 1
+    assert one(logits, frequency, output=[0]) == 0
+    assert one(logits, frequency, output=[0, 0]) == 1
 
 
-def test_min_tokens_bars_the_stop_ids_until_then() -> None:
-    params = SamplingParams(temperature=0.0, stop_token_ids=(0, 2), min_tokens=2)
-    assert sample(LOGITS, params, make_generator(0), output_ids=[1]) == 3
-    assert sample(LOGITS, params, make_generator(0), output_ids=[1, 1]) == 0
+def test_a_bad_word_of_several_tokens_is_only_barred_behind_its_beginning() -> None:
+    params = SamplingParams(temperature=0.0, bad_words_token_ids=[[3, 1, 0]])
+    assert one(LOGITS, params, output=[3, 2]) == 0
+    assert one(LOGITS, params, output=[3, 1]) == 2
+
+
+def test_minimum_length_bars_stop_and_end_ids() -> None:
+    params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=[0])
+    sequence = Sequence("a", [1], params, max_tokens=9, end_ids=frozenset({2}))
+    assert sample(LOGITS, sequence) == 3
+    sequence.token_ids += [1, 1]
+    assert sample(LOGITS, sequence) == 0
+
+
+def test_logprobs_hold_the_chosen_token_first_and_the_best_by_rank() -> None:
+    found = logprobs_of(LOGITS, 1, 2)
+    assert found.token_ids == [1, 0, 2] and found.ranks == [4, 1, 2]
+    assert found.values == pytest.approx([math.log(p) for p in (0.1, 0.5, 0.2)], abs=1e-6)
+    assert logprobs_of(LOGITS, 0, 1).token_ids == [0]
+    assert sorted(logprobs_of(LOGITS, 0, -1).token_ids) == [0, 1, 2, 3, 4]
+
+
+def test_defaults_are_vllms() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
+    assert (params.max_tokens, params.min_tokens, params.stop, params.stop_token_ids) == (16, 0, [], [])
+    assert SamplingParams(stop="x").stop == ["x"] and SamplingParams(seed=-1).seed is None
+    assert SamplingParams(temperature=0.001).temperature == 0.01
+    assert SamplingParams(stop_token_ids=[3, 1, 3]).stop_token_ids == [3, 1]
+    copied = params.clone()
+    copied.temperature = 0.5
+    assert params.temperature == 1.0
 
 
 @pytest.mark.parametrize(
@@ -91,16 +192,45 @@ def test_min_tokens_bars_the_stop_ids_until_then() -> None:
         {"top_k": -2},
         {"top_k": 1.5},
         {"min_p": -0.1},
+        {"typical_p": 0.0},
         {"repetition_penalty": 0.0},
         {"presence_penalty": 3.0},
         {"frequency_penalty": -3.0},
         {"max_tokens": 0},
-        {"min_tokens": -1},
         {"min_tokens": 17},
+        {"n": 0},
         {"seed": 2**64},
-        {"stop": ("",)},
+        {"stop": [""]},
+        {"bad_words": [""]},
+        {"bad_words": ["x"] * 129},
+        {"allowed_token_ids": []},
+        {"stop_token_ids": ["1"]},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: math.inf}},
+        {"bad_words": "word"},
+        {"logprobs": -2},
     ],
+    ids=str,
 )
 def test_a_wrong_value_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+    with pytest.raises(ValueError):
+        SamplingParams(**wrong)
+
+
+def test_combinations_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ParameterError, match="n must be 1 when using greedy"):
+        SamplingParams(n=2, temperature=0.0)
+    with pytest.raises(ParameterError, match="detokenize"):
+        SamplingParams(stop="x", detokenize=False)
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+    with pytest.raises(ParameterError, match="beam_width"):
+        BeamSearchParams(beam_width=0, max_tokens=5)
+    with pytest.raises(ParameterError, match="exactly one"):
+        StructuredOutputsParams(regex="a", choice=["b"])
+    with pytest.raises(ParameterError, match="exactly one"):
+        StructuredOutputsParams()
+    with pytest.raises(ParameterError, match="choice must not be empty"):
+        StructuredOutputsParams(choice=[])

@@ -1,4 +1,4 @@
-"""Configs from all three kinds of metadata, the real lineup's parameter counts, and refusals that name the key."""
+"""Configs from all kinds of metadata, the lineup's parameter counts, and refusals that name the key."""
 
 from __future__ import annotations
 
@@ -162,9 +162,7 @@ GGUF: dict[str, Any] = {
 
 def test_gguf_metadata() -> None:
     config = LlamaConfig.from_gguf(GGUF, vocab_size=96, rope_freqs=[1.0, 1.0, 4.0, 8.0])
-    expected = LlamaConfig.from_hf(
-        TINY | {"num_key_value_heads": 2, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
-    )
+    expected = LlamaConfig.from_hf(TINY | {"num_key_value_heads": 2, "rope_theta": 5e5, "rms_norm_eps": 1e-5})
     assert config.rope.freq_factors == (1.0, 1.0, 4.0, 8.0)
     assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (64, 8, 2)
     assert config.rms_norm_eps == expected.rms_norm_eps and config.eos_token_ids == (2,)
@@ -211,6 +209,17 @@ def test_gguf_llama4_has_the_constants_that_the_file_leaves_out() -> None:
 def test_a_wrong_value_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LlamaConfig.from_hf({**TINY, **change})
+
+
+def test_minus_one_means_no_token() -> None:
+    config = LlamaConfig.from_hf({**TINY, "pad_token_id": -1, "bos_token_id": -1, "eos_token_id": [-1, 2]})
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_ids) == (None, None, (2,))
+
+
+def test_gguf_keys_that_would_change_the_numbers_are_refused() -> None:
+    for name in ("attention.scale", "rope.scaling.attn_factor"):
+        with pytest.raises(UnsupportedError, match=name):
+            LlamaConfig.from_gguf(GGUF | {f"llama.{name}": 2.0}, vocab_size=96)
 
 
 def test_keys_that_nobody_reads_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:

@@ -185,7 +185,7 @@ def test_damaged_sentencepiece_files(tmp_path: Path, content: bytes, message: st
 _SERIALISED = replace(_model(), pieces=_model().pieces[-4:]).to_bytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error_or_a_model(data: st.DataObject) -> None:
     content = bytearray(_SERIALISED)
@@ -356,7 +356,7 @@ def test_a_damaged_gguf_container(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "x.gguf")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

@@ -149,7 +149,7 @@ def test_found_texts_as_transformers(pairs: dict[str, tuple[Tokenizer, Any]], na
     ours, theirs = pairs[name]
     special = st.sampled_from([*ours.special_tokens, "wow"])
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(st.one_of(any_text, word_text, st.lists(st.one_of(special, any_text)).map("".join)))
     def check(text: str) -> None:
         ids = ours.encode(text, parse_special=True)
@@ -164,7 +164,7 @@ def test_found_texts_as_transformers(pairs: dict[str, tuple[Tokenizer, Any]], na
 def test_any_ids_decode_as_transformers(pairs: dict[str, tuple[Tokenizer, Any]], name: str) -> None:
     ours, theirs = pairs[name]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(st.lists(st.integers(0, len(ours) - 1)))
     def check(ids: list[int]) -> None:
         assert ours.decode(ids) == theirs.decode(ids)

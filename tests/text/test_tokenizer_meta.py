@@ -87,7 +87,7 @@ def test_hard_texts_as_tiktoken(
 def test_found_texts_as_tiktoken(
     tokenizers: dict[str, Tokenizer], references: dict[str, Any], name: str, strategy: Any
 ) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(strategy)
     def check(text: str) -> None:
         ids = _plain(tokenizers[name], text)
@@ -119,7 +119,7 @@ def test_tokens_side_by_side_as_tiktoken(
             for _ in range(n)
         )
         for n in (1, 2, 3)
-        for _ in range(1500)
+        for _ in range(600)
     ]
     for word in words:
         text = word.decode(errors="replace")

@@ -83,7 +83,7 @@ def test_hard_texts_as_sentencepiece(three_formats: list[Tokenizer], reference: 
         assert tokenizer.decode(ids) == reference.decode(expected) == text.replace("\u2581", " ")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=st.one_of(any_text, word_text))
 def test_found_texts_as_sentencepiece(three_formats: list[Tokenizer], reference: Any, text: str) -> None:
     expected = reference.encode(text)
@@ -92,7 +92,7 @@ def test_found_texts_as_sentencepiece(three_formats: list[Tokenizer], reference:
         assert tokenizer.decode(expected) == text.replace("\u2581", " ")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(ids=st.lists(st.one_of(st.integers(3, 258), st.integers(259, 511)), max_size=20))
 def test_broken_bytes_as_sentencepiece(
     three_formats: list[Tokenizer], reference: Any, ids: list[int]

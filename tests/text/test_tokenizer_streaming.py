@@ -39,7 +39,7 @@ def all_kinds(stories: Path) -> list[Tokenizer]:
     return [_byte_tokenizer(), load_tokenizer(stories / "hf"), load_tokenizer(stories / "gguf")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_a_stream_adds_up_to_the_whole(all_kinds: list[Tokenizer], data: st.DataObject, skip: bool) -> None:
     for tokenizer in all_kinds:
@@ -49,7 +49,7 @@ def test_a_stream_adds_up_to_the_whole(all_kinds: list[Tokenizer], data: st.Data
         assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")))
 def test_a_stream_of_real_text_never_shows_half_a_character(all_kinds: list[Tokenizer], text: str) -> None:
     for tokenizer in all_kinds:

@@ -186,7 +186,7 @@ def test_skipped_tensors_are_logged(twin: Llama, caplog: pytest.LogCaptureFixtur
     checkpoint.skipped = ["vision_model.a"]
     with caplog.at_level(logging.INFO):
         load_model(checkpoint)
-    assert "somewhere: not used: vision_model.a" in caplog.text
+    assert "somewhere: images are not read; not used: vision_model.a" in caplog.text
 
 
 def test_loading_is_silent_where_nobody_watches(twin: Llama, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,3 +360,9 @@ def test_errors_of_a_file_pass_through(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="model.safetensors: has 0 bytes"):
         load_model(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_named(stories: Path) -> None:
+    for device in ("meta", "cuda:99"):
+        with pytest.raises(ParameterError, match=device):
+            load_model(stories / "hf", device=device)

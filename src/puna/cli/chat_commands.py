@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puna.cli import chat_help
-from puna.cli.chat_state import ChatState
+from puna.cli.chat_state import NO_CHAT_FORMAT, ChatState
 from puna.cli.model_facts import ModelFacts, facts_lines, read_facts
 from puna.cli.modelfile import modelfile
 from puna.cli.sampling_options import columns, parameter_rows, parse_parameter
 from puna.errors import ParameterError
-from puna.session import find_model
+from puna.locate import find_model
 
 _NOT_AVAILABLE = {
     "/list": "'/list' is not available: Puna keeps no library of models yet. /load takes a path.",
     "/save": "'/save' is not available: Puna keeps no library of models yet.",
-    "/set format": "'/set format' is not available: Puna cannot hold answers to JSON yet.",
-    "/set noformat": "'/set noformat' is not needed: Puna cannot hold answers to JSON yet.",
+    "/set format": "'/set format' is not available in the chat: use StructuredOutputsParams in Python.",
+    "/set noformat": "'/set noformat' is not needed: answers are free in the chat.",
     "/set think": "'/set think' is not available: Llama models have no separate thinking.",
     "/set nothink": "'/set nothink' is not needed: Llama models have no separate thinking.",
 }
@@ -70,6 +70,8 @@ class ChatCommands:
         path = find_model(name)
         self._say(f"Loading model '{name}'")
         self._state.load(path)
+        if self._state.conversation is None:
+            self._say(NO_CHAT_FORMAT)
 
     def _set(self, text: str) -> None:
         state = self._state

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puna.cli.chat_commands import ChatCommands
-from puna.cli.chat_state import ChatState
+from puna.cli.chat_state import NO_CHAT_FORMAT, ChatState
 from puna.cli.line_input import read_message
 from puna.errors import PunaError
 
@@ -42,7 +42,7 @@ class ChatLoop:
 
     def _greet(self) -> None:
         if self._state.conversation is None:
-            self._terminal.write("This model has no chat format: it continues each text you type.\n")
+            self._terminal.write(NO_CHAT_FORMAT + "\n")
         self._terminal.write("Send a message (/? for help)\n")
 
     def _take(self, text: str) -> bool:

@@ -19,9 +19,12 @@ from puna.cli.terminal import Terminal
 from puna.cli.timings import usage_lines
 from puna.engine.sampling import SamplingParams
 from puna.errors import ParameterError
-from puna.session import Session, default_sampling
+from puna.locate import default_sampling
+from puna.session import Session
 from puna.text.formats import BUILT_IN
 from puna.text.tokenizer import Tokenizer
+
+NO_CHAT_FORMAT = "This model has no chat format: it continues each text you type."
 
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
     "auto": "auto",
@@ -88,6 +91,8 @@ class ChatState:
         self.path, self.model, self.default_sampling = path, model, defaults
         self.template, guessed = _find_template(path, model.tokenizer, self.options)
         self.conversation = None if self.template is None else self._new_conversation(self.template)
+        if self._system is not None and self.template is None:
+            self.terminal.notice("[the system message is not used: this model has no chat format]")
         if guessed is not None:
             self.terminal.notice(
                 f"[the chat format is taken to be {guessed}'s; --raw continues text instead]"

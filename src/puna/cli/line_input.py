@@ -83,4 +83,5 @@ def read_message(read: Callable[[str], str]) -> str:
     lines = [text]
     while not lines[-1].endswith(_QUOTES):
         lines.append(read(MORE))
-    return command + "\n".join(lines).removesuffix(_QUOTES)
+    text = command + "\n".join(lines).removesuffix(_QUOTES)
+    return text if command.strip() else " " * text.startswith("/") + text  # a quoted "/" is no command

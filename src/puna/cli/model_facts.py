@@ -57,7 +57,7 @@ def read_facts(path: Path) -> ModelFacts:
 
     Raises what `open_checkpoint` and `load_tokenizer` raise.
     """
-    from puna.session import default_sampling
+    from puna.locate import default_sampling
     from puna.text.tokenizer import load_tokenizer
     from puna.weights.loader import open_checkpoint
 
@@ -75,7 +75,7 @@ def read_facts(path: Path) -> ModelFacts:
         architecture="llama4" if config.is_llama4 else "llama",
         parameters=total,
         active_parameters=active,
-        context_length=config.max_position_embeddings,
+        context_length=config.context_length,
         embedding_length=config.hidden_size,
         quantization=quantization,
         tensor_types=tensor_types,
@@ -93,19 +93,10 @@ def read_facts(path: Path) -> ModelFacts:
 
 def count_parameters(config: LlamaConfig) -> tuple[int, int]:
     """Return how many parameters the model has, and how many of them one token uses."""
-    import torch
+    from puna.weights.loader import empty_model
 
-    from puna.cli.shape_only import ShapeOnly
-    from puna.model import Llama
-
-    with torch.device("meta"), ShapeOnly():
-        sizes = {name: tensor.numel() for name, tensor in Llama(config).named_parameters()}
-    total = sum(sizes.values())
-    routed = sum(size for name, size in sizes.items() if ".experts." in name)
-    if not config.num_local_experts:
-        return total, total
-    idle = config.num_local_experts - config.num_experts_per_tok
-    return total, total - routed // config.num_local_experts * idle
+    model = empty_model(config)
+    return model.num_parameters(), model.num_active_parameters()
 
 
 def _quantization(checkpoint: Checkpoint) -> tuple[str, dict[str, int]]:
@@ -113,7 +104,8 @@ def _quantization(checkpoint: Checkpoint) -> tuple[str, dict[str, int]]:
     from puna.weights.gguf import GgufCheckpoint
 
     if not isinstance(checkpoint, GgufCheckpoint):
-        return _DTYPES[str(checkpoint.dtype).removeprefix("torch.")], {}
+        name = str(checkpoint.dtype).removeprefix("torch.")
+        return _DTYPES.get(name, name.upper()), {}
     counts = Counter(info.type.name for file in checkpoint.files for info in file.tensors.values())
     types = dict(counts.most_common())
     named = _FILE_TYPES.get(_as_int(checkpoint.metadata.get("general.file_type")))

@@ -146,14 +146,15 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _find(model: str | None, *, has_prompt: bool) -> Path:
-    from puna.session import find_model
+    from puna.locate import find_model
 
     try:
         return find_model(model)
     except ModelNotFoundError as error:
         if has_prompt or model is None:
             raise
-        raise ModelNotFoundError(f"{error} (to prompt it: puna run cria {shlex.quote(model)})") from None
+        shown = shlex.quote(model if len(model) <= 80 else model[:77] + "...")
+        raise ModelNotFoundError(f"{error} (to prompt it: puna run cria {shown})") from None
 
 
 def _one_shot_text(words: list[str]) -> str | None:

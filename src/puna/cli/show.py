@@ -28,7 +28,7 @@ def show(
     if template + license + as_json > 1:
         raise typer.BadParameter("only one of --template, --license and --json can be given")
     from puna.cli.model_facts import facts_lines, read_facts
-    from puna.session import find_model
+    from puna.locate import find_model
 
     facts = read_facts(find_model(model))
     if template:

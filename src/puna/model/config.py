@@ -97,6 +97,13 @@ class LlamaConfig:
         """Say whether RoPE rotates neighbouring pairs and the MLP is called `feed_forward`."""
         return self.model_type == "llama4_text"
 
+    @property
+    def context_length(self) -> int:
+        """Return how many tokens the model is made for, stretched where its RoPE is."""
+        if self.rope.rope_type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * self.rope.factor)
+        return self.max_position_embeddings
+
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> LlamaConfig:
         """Read the dict of a `config.json`; a multimodal Llama 4 gives its `text_config`.

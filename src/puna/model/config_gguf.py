@@ -13,6 +13,15 @@ from puna.errors import ConfigError, UnsupportedError
 from puna.model.config import LlamaConfig, RopeConfig
 from puna.model.config_keys import Keys
 
+# Keys that would change what is computed, with the value that changes nothing.
+_NEUTRAL = {
+    "attention.scale": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+
 
 def read(
     metadata: Mapping[str, Any], vocab_size: int, rope_freqs: Sequence[float] | None, tied: bool
@@ -65,6 +74,10 @@ def _rope(keys: Keys, context: int, rope_freqs: Sequence[float] | None) -> RopeC
     factors = None if rope_freqs is None else tuple(float(f) for f in rope_freqs)
     if factors is not None and not all(f > 0 for f in factors):
         raise ConfigError("rope_freqs.weight must be positive")
+    for name, neutral in _NEUTRAL.items():
+        value = keys.optional_number(name)
+        if value is not None and value != neutral:
+            raise UnsupportedError(f"{name} {value:g} in a GGUF is not supported: only {neutral:g} is")
     old_factor = keys.optional_number("rope.scale_linear")
     factor = keys.optional_number("rope.scaling.factor") or old_factor or 1.0
     kind = keys.optional_string("rope.scaling.type") or "linear"

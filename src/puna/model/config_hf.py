@@ -119,11 +119,17 @@ def _sizes(keys: Keys, heads: int, hidden: int, default_eps: float) -> dict[str,
         "num_key_value_heads": keys.optional_integer("num_key_value_heads", None) or heads,
         "head_dim": head_dim,
         "rms_norm_eps": keys.number("rms_norm_eps", default_eps, low=0.0),
-        "bos_token_id": keys.optional_integer("bos_token_id", None, low=-1),
-        "eos_token_ids": keys.integers("eos_token_id"),
-        "pad_token_id": keys.optional_integer("pad_token_id", None, low=-1),
+        "bos_token_id": _token_id(keys, "bos_token_id"),
+        "eos_token_ids": tuple(i for i in keys.integers("eos_token_id") if i >= 0),
+        "pad_token_id": _token_id(keys, "pad_token_id"),
         "dtype": dtype.removeprefix("torch.") if dtype else None,
     }
+
+
+def _token_id(keys: Keys, name: str) -> int | None:
+    """Return a token id; old files write -1 for none."""
+    value = keys.optional_integer(name, None, low=-1)
+    return None if value == -1 else value
 
 
 def _require_silu(keys: Keys) -> None:

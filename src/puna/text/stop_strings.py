@@ -21,16 +21,15 @@ class StopStrings:
     def push(self, text: str) -> str:
         """Take the next piece and return what is sure to come before any stop string.
 
-        Once a stop string has been found, everything after it is dropped.
+        Of several stop strings the one that ends first counts. What comes after it is dropped.
         """
         if self.found is not None:
             return ""
         self._held += text
-        places = [(place, s) for s in self._strings if (place := self._held.find(s)) >= 0]
-        if places:
-            place, self.found = min(places, key=lambda found: found[0])
-            end = place + (len(self.found) if self._include else 0)
-            passed, self._held = self._held[:end], ""
+        ends = [(place + len(s), s) for s in self._strings if (place := self._held.find(s)) >= 0]
+        if ends:
+            end, self.found = min(ends, key=lambda found: found[0])
+            passed, self._held = self._held[: end - (0 if self._include else len(self.found))], ""
             return passed
         keep = self._undecided()
         passed, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

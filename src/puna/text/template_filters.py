@@ -204,7 +204,7 @@ def _tilde(context: Context, values: list[Any]) -> str:
     return budget.concat(map(budget.text, values))
 
 
-# Nodes whose work the sandbox does not see are sent through these filters; no template can name them.
+# Nodes whose work the sandbox does not see are sent through these filters; their names are no words of jinja.
 EACH, MADE, STEP, TILDE = "#each", "#made", "#step", "#tilde"
 
 FILTERS: Mapping[str, Function] = {

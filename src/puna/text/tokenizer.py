@@ -9,14 +9,12 @@ tiktoken, SentencePiece and Transformers for the same files. Knows no chat forma
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 from puna.errors import ModelNotFoundError, ParameterError, TokenizerError
-from puna.gguf_header import MAGIC as GGUF_MAGIC
-from puna.gguf_header import read_metadata
+from puna.gguf_header import is_gguf, list_ggufs, read_metadata
 from puna.text.gguf_vocab import read_gguf_vocab
 from puna.text.sentencepiece_file import read_sentencepiece
 from puna.text.special_split import SpecialSplitter
@@ -197,12 +195,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _find_gguf(folder: Path) -> Path:
-    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
-    first = [
-        file
-        for file in files
-        if not re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name
-    ]
+    first = list_ggufs(folder)
     if not first:
         raise ModelNotFoundError(
             f"{folder}: no tokenizer.json, no tokenizer.model and no .gguf file in this folder"
@@ -215,14 +208,12 @@ def _find_gguf(folder: Path) -> Path:
 
 
 def _read(path: Path) -> TokenizerParts:
+    if is_gguf(path):
+        return read_gguf_vocab(path, read_metadata(path))
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-            if path.suffix == ".gguf" or start == GGUF_MAGIC:  # Ollama's blobs have no suffix
-                return read_gguf_vocab(path, read_metadata(path))
-            if path.suffix == ".json":
-                return read_tokenizer_json(path, read_tokenizer_config(path.parent))
-            data = start + file.read()
+        if path.suffix == ".json":
+            return read_tokenizer_json(path, read_tokenizer_config(path.parent))
+        data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     config = read_tokenizer_config(path.parent) if _has_config(path.parent) else None

@@ -9,7 +9,6 @@ readers yield the names of our modules.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError
+from puna.gguf_header import is_gguf, list_ggufs
 from puna.model.config import LlamaConfig
 from puna.model.llama import Llama
 from puna.weights.files import list_names
@@ -30,8 +30,6 @@ from puna.weights.meta import MetaCheckpoint, list_shards
 from puna.weights.quant import QuantTensor, swap_in
 
 logger = logging.getLogger(__name__)
-
-_GGUF_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
 class Checkpoint(Protocol):
@@ -68,7 +66,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         return _open_folder(path)
     if not is_file:
         raise ModelNotFoundError(f"{path}: no such file or folder")
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return open_gguf(path)
     if path.suffix in (".safetensors", ".pth", ".bin", ".json"):
         raise CheckpointError(path, f"is one file of a checkpoint: give its folder, {path.parent}")
@@ -79,7 +77,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     hf_files = [name for name in WEIGHT_FILES if (folder / name).exists()]
     has_config, has_params = (folder / "config.json").exists(), (folder / "params.json").exists()
     shards = list_shards(folder)
-    ggufs = _list_ggufs(folder)
+    ggufs = list_ggufs(folder)
     found = {
         "Hugging Face": [f"config.json with {hf_files[0]}"] if has_config and hf_files else [],
         "Meta": [f"params.json with {shards[0].name}"] if has_params and shards else [],
@@ -97,13 +95,6 @@ def _open_folder(folder: Path) -> Checkpoint:
     if ggufs:
         return open_gguf(ggufs[0])
     raise ModelNotFoundError(_what_is_missing(folder, hf_files, bool(shards)))
-
-
-def _list_ggufs(folder: Path) -> list[Path]:
-    """Return the GGUF models of a folder, the first file of each split one; projectors are no models."""
-    paths = sorted(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
-    parts = {path: _GGUF_PART.search(path.name) for path in paths}
-    return [p for p, part in parts.items() if part is None or int(part[1]) == 1] or paths[:1]
 
 
 def _what_is_missing(folder: Path, hf_files: list[str], has_shards: bool) -> str:
@@ -138,8 +129,8 @@ def load_model(
         dtype = checkpoint.dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ParameterError(f"dtype must be 'auto' or a floating point type, not {dtype!r}")
-    with torch.device("meta"), _WithoutInit():
-        model = Llama(checkpoint.config).to(dtype)
+    _require_device(torch.device(device))
+    model = empty_model(checkpoint.config).to(dtype)
     filling = _Filling(model=model, dtype=dtype, device=torch.device(device))
     with tqdm(
         total=checkpoint.total_bytes,
@@ -155,9 +146,32 @@ def load_model(
             progress.update(_num_bytes(value))
             del value  # or it would live on while the next one is read
     filling.require_complete(checkpoint)
-    if checkpoint.skipped:
-        logger.info("%s: not used: %s", checkpoint.path, list_names(checkpoint.skipped))
+    other_parts = [name for name in checkpoint.skipped if not _is_computed(name)]
+    if other_parts:
+        logger.warning("%s: images are not read; not used: %s", checkpoint.path, list_names(other_parts))
     return model.to(filling.device).eval().requires_grad_(False)  # what is there already stays where it is
+
+
+def empty_model(config: LlamaConfig) -> Llama:
+    """Build a model for its shapes, on the meta device: it takes no memory."""
+    with torch.device("meta"), _WithoutInit():
+        return Llama(config)
+
+
+def _require_device(device: torch.device) -> None:
+    """Raise ParameterError for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ParameterError(f"device {str(device)!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise ParameterError("device 'meta' holds no weights")
+
+
+def _is_computed(name: str) -> bool:
+    """Say whether a tensor that is not used holds frequencies that are computed, or a doubled head."""
+    return name.endswith(("inv_freq", "rope.freqs", "freq_cis", "lm_head.weight", "output.weight"))
 
 
 class _WithoutInit(TorchFunctionMode):

@@ -1,0 +1,123 @@
+"""The engine with a tokenizer: prompts in, text out. The doors `LLM`, `AsyncLLM` and `Session` share it.
+
+It adds what the engine does not know: words as ids, stop strings, grammars over text, detokenising.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from puna.engine.llm_engine import EngineConfig, LLMEngine
+from puna.engine.sampling import SamplingParams, StructuredOutputsParams
+from puna.engine.speculative import Proposer
+from puna.model.llama import Llama
+from puna.outputs import RequestOutputs
+from puna.text.grammar import GrammarCompiler, TokenGrammar
+from puna.text.tokenizer import Tokenizer
+
+
+class TextEngine:
+    """Run requests of text or ids on one model. Not safe to use from several threads at once."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        proposer: Proposer | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        ends = {*tokenizer.eos_token_ids, *model.config.eos_token_ids}
+        self.end_ids = frozenset(i for i in ends if 0 <= i < model.config.vocab_size)
+        self.engine = LLMEngine(
+            model,
+            config,
+            end_ids=self.end_ids,
+            compile_grammar=self._compile_grammar,
+            proposer=proposer,
+            num_token_ids=min(tokenizer.vocab_size, model.config.vocab_size),
+        )
+        self._special_ids = frozenset(tokenizer.special_tokens.values())
+        self._requests: dict[str, RequestOutputs] = {}
+        self._compiler: GrammarCompiler | None = None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Say whether `step` has anything to do."""
+        return self.engine.has_unfinished
+
+    def add(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        continues: bool | None = None,
+    ) -> RequestOutputs:
+        """Queue a request; text gets the tokenizer's BOS. Raises ParameterError if it can never run.
+
+        `continues` says whether the answer goes on in the middle of a text; by default it does where the
+        prompt holds more than special tokens.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if params.bad_words:
+            words = [ids for word in params.bad_words for ids in self._word_ids(word)]
+            params = dataclasses.replace(params, bad_words_token_ids=words)
+        self.engine.add(request_id, ids, params, priority=priority, salt=salt)
+        if continues is None:
+            continues = not self._special_ids.issuperset(ids)
+        outputs = RequestOutputs(request_id, text, self.tokenizer, params.n, continues=continues)
+        self._requests[request_id] = outputs
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """End a request and give its blocks back at once."""
+        self.engine.abort(request_id)
+        self._requests.pop(request_id, None)
+
+    def step(self) -> list[RequestOutputs]:
+        """Compute one batch and return the requests that got on."""
+        touched: dict[str, RequestOutputs] = {}
+        for output in self.engine.step():
+            sequence = output.sequence
+            request = self._requests[sequence.request_id]
+            found = request.text_of(sequence).update()
+            if found is not None:
+                was_running = sequence.finish_reason is None
+                if was_running:
+                    self.engine.finish(sequence, "stop", found)
+                sequence.finish_reason, sequence.stop_reason = "stop", found
+            touched[sequence.request_id] = request
+        for request in touched.values():
+            if request.finished:
+                del self._requests[request.request_id]
+        return list(touched.values())
+
+    def _word_ids(self, word: str) -> list[list[int]]:
+        """Return the ids of a word alone and behind a space, where the space does not change its length."""
+        plain = self.tokenizer.encode(word.strip(), add_special_tokens=False)
+        spaced = self.tokenizer.encode(" " + word.strip(), add_special_tokens=False)
+        if spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
+            return [plain, spaced]
+        return [plain] if plain else []
+
+    def _compile_grammar(self, wanted: StructuredOutputsParams) -> TokenGrammar:
+        if self._compiler is None:
+            vocab_size = self.engine.model.config.vocab_size
+            self._compiler = GrammarCompiler(self.tokenizer, self.end_ids, vocab_size)
+        arguments: dict[str, Any] = {
+            "json_schema": {"type": "object"} if wanted.json_object else wanted.json,
+            "regex": wanted.regex,
+            "choice": wanted.choice,
+            "grammar": wanted.grammar,
+            "any_whitespace": not wanted.disable_any_whitespace,
+            "additional_properties": not wanted.disable_additional_properties,
+            "whitespace_pattern": wanted.whitespace_pattern,
+        }
+        return self._compiler.compile(**arguments)
