@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch  # first: it brings the OpenMP library whose threads the kernels share
 from torch import Tensor
 
+import puna.kernels._cpu as _cpu  # not `from`, whose error would speak of a circular import
 from puna.errors import ConfigError
-from puna.kernels import _cpu
 
 TILE_ROWS = 16
 
