@@ -18,7 +18,8 @@ TIMEOUT = 120
 PROMPT = ">>> "
 # The session's leader that opens a terminal gets it as its own, so that Ctrl-C becomes a signal.
 START = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored where the tests run unattended
 os.open(os.ttyname(0), os.O_RDWR)
 from puna.cli import main
 sys.exit(main(sys.argv[1:]))
