@@ -12,6 +12,7 @@ import torch
 
 from puna import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from puna.async_llm import AsyncLLM, EngineDeadError, RequestAborted
+from puna.cria import FOLDER
 from puna.errors import ParameterError, UnsupportedError
 from puna.model import PackedAttention
 
@@ -189,7 +190,7 @@ def test_speculation_writes_the_same_story(stories: Path, golden: str) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size 2"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
         ({"quantization": "awq"}, "'awq'"),
         ({"max_model_len": -5}, "max_model_len must be at least 1"),
         ({"trust_remote_code": True}, "trust_remote_code=True"),
@@ -214,6 +215,13 @@ def test_the_seed_of_the_engine_makes_runs_repeatable(stories: Path) -> None:
         texts.append([o.outputs[0].text for o in llm.generate(["Once", "Once"], params, use_tqdm=False)])
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
+
+
+def test_default_sampling_is_what_the_file_lists(llm: LLM) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams()  # it lists do_sample alone
+    cria = LLM("cria", **SMALL).get_default_sampling_params()
+    listed = json.loads((FOLDER / "generation_config.json").read_text())
+    assert (cria.temperature, cria.top_p) == (listed["temperature"], listed["top_p"])
 
 
 def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:

@@ -21,7 +21,7 @@ from puna.engine.pooling import Pooling, pool
 from puna.engine.sampling import BeamSearchParams, SamplingParams
 from puna.engine.speculative import DraftModelProposer, NgramProposer, Proposer
 from puna.errors import ParameterError, UnsupportedError
-from puna.locate import default_sampling, find_model
+from puna.locate import find_model, listed_sampling
 from puna.model.llama import Llama
 from puna.outputs import (
     BeamSearchOutput,
@@ -44,6 +44,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Arguments of vLLM's that mean no more than what Puna always does, with the values that say so.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
+    "tensor_parallel_size": (1,),
+    "quantization": (None,),  # quantised weights come in GGUF files, and say so themselves
     "trust_remote_code": (False,),
     "enable_chunked_prefill": (True, None),
     "disable_log_stats": (True, False),
@@ -91,13 +93,7 @@ class LLM:
 
         Raises UnsupportedError naming an argument that Puna does not have.
         """
-        _refuse_unknown(others)
-        if tensor_parallel_size != 1:
-            raise UnsupportedError(f"tensor_parallel_size {tensor_parallel_size}: only 1 works so far")
-        if quantization is not None:
-            raise UnsupportedError(
-                f"quantization {quantization!r}: quantised weights come in GGUF files only"
-            )
+        _refuse_unknown(others | {"tensor_parallel_size": tensor_parallel_size, "quantization": quantization})
         if generation_config not in ("auto", "vllm"):
             raise ParameterError(f"generation_config must be 'auto' or 'vllm', got {generation_config!r}")
         began = time.monotonic()
@@ -121,7 +117,9 @@ class LLM:
         )
         proposer = _proposer(speculative_config, network, on)
         self.text_engine = TextEngine(network, self._tokenizer, config, proposer=proposer)
-        self._defaults = default_sampling(path) if generation_config == "auto" else {}
+        self._defaults = listed_sampling(path) if generation_config == "auto" else {}
+        if self._defaults:
+            logger.info("sampling defaults of the model: %s", self._defaults)
         self._chat_template = chat_template
         self._count = 0
         logger.info("weights %.1f s, engine %.1f s", loaded - began, time.monotonic() - loaded)

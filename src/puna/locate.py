@@ -28,6 +28,15 @@ def find_model(name: str | None) -> Path:
     )
 
 
+def listed_sampling(path: Path) -> dict[str, Any]:
+    """Return only the sampling settings that a checkpoint's `generation_config.json` lists, as vLLM does."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return {}
+    config = _read_config(file)
+    return {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+
+
 def default_sampling(path: Path) -> dict[str, Any]:
     """Return the sampling settings that a checkpoint asks for, by the names of `SamplingParams`.
 
@@ -44,18 +53,25 @@ def default_sampling(path: Path) -> dict[str, Any]:
     return {"temperature": 0.8, "top_k": 40, "top_p": 0.9, **found}
 
 
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
 def _hf_sampling(file: Path) -> dict[str, Any]:
+    config = _read_config(file)
+    if not config.get("do_sample", False):
+        return {"temperature": 0.0}
+    defaults = {"temperature": 1.0, "top_k": 50}
+    return defaults | {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(file, f"is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(file, "must hold a JSON object")
-    if not config.get("do_sample", False):
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    defaults = {"temperature": 1.0, "top_k": 50}
-    return defaults | {name: config[name] for name in names if config.get(name) is not None}
+    return config
 
 
 def _gguf_sampling(metadata: dict[str, Any]) -> dict[str, Any]:
