@@ -34,7 +34,7 @@ $(VENV)/.pip:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.pip pyproject.toml constraints.txt
+$(VENV)/.run: $(VENV)/.pip pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@echo "Installing Puna into $(VENV) (torch is large: some minutes) ..."
 	$(PIP) --editable .
 	@touch $@

@@ -1,0 +1,56 @@
+// What one instruction set offers to the drivers: plain functions over plain pointers, without threads.
+#pragma once
+
+#include <cstdint>
+
+#include "block_formats.h"
+
+namespace puna {
+
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+constexpr int dtype_bytes(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
+
+// A matrix of activations as int8 in runs of 32 columns, each run with its own scale.
+//
+// Tokens lie in groups whose sizes the instruction set chooses; in a group, 4 columns of its first token are
+// followed by those of the next. Sums are those of the int8 values; the float ones are multiplied by the
+// scale.
+struct Activations {
+  int64_t tokens, columns;
+  int8_t* values;    // tokens * columns
+  float* scales;     // per 32 columns
+  int32_t* sums_16;  // per 16 columns
+  int32_t* sums_32;  // per 32 columns
+  float* float_sums_16;
+  float* float_sums_32;
+};
+
+struct QuantLinearJob {
+  const uint8_t* tiles;  // see block_formats.h; the last tile is filled up with rows of zero bytes
+  int64_t rows;
+  const Activations* x;
+  void* out;  // (tokens, rows), rows `out_stride` apart
+  Dtype out_type;
+  int64_t out_stride;
+};
+
+struct KernelTable {
+  const char* name;
+  // The number of tokens in the group that starts when `left` tokens are left.
+  int (*group_size)(int64_t left);
+  // Quantise one group: `count` tokens from `first` on; x: (tokens, columns) rows `stride` apart.
+  void (*quantize)(const void* x, Dtype type, int64_t stride, int64_t first, int count,
+                   const Activations& out);
+  // Multiply with the tiles [begin, end). Null: the type is not known.
+  void (*quant_linear[kNumBlockTypes])(const QuantLinearJob& job, int64_t begin, int64_t end);
+};
+
+extern const KernelTable kPortableKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvxVnniKernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace puna

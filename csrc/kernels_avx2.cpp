@@ -1,0 +1,9 @@
+// The kernels compiled for this instruction set; nothing here may run before the processor was asked.
+#define PUNA_ISA isa_avx2
+#include "simd_avx2.h"
+
+#include "quant_linear.h"
+
+namespace puna {
+const KernelTable kAvx2Kernels = PUNA_ISA::make_table("avx2");
+}  // namespace puna

@@ -1,0 +1,9 @@
+// The kernels compiled for this instruction set; nothing here may run before the processor was asked.
+#define PUNA_ISA isa_avx512
+#include "simd_avx512.h"
+
+#include "quant_linear.h"
+
+namespace puna {
+const KernelTable kAvx512Kernels = PUNA_ISA::make_table("avx512");
+}  // namespace puna
