@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from puna.auto_arguments import WithoutEffect, refuse
 from puna.auto_encoding import UNLIMITED
 from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
@@ -25,7 +26,7 @@ from puna.text.tokenizer_config import read_json
 from puna.weights.loader import load_model, open_checkpoint
 
 # Names of Transformers' `from_pretrained` that change nothing with None or one of these values.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_WITHOUT_EFFECT: WithoutEffect = {
     "cache_dir": (),
     "code_revision": ("main",),
     "config": (),
@@ -39,7 +40,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
     "use_auth_token": (),
 }
-_TOKENIZER_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_TOKENIZER_WITHOUT_EFFECT: WithoutEffect = {
     **_WITHOUT_EFFECT,
     "add_bos_token": (),
     "add_eos_token": (),
@@ -54,7 +55,7 @@ _TOKENIZER_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "unk_token": (),
     "use_fast": (True,),
 }
-_MODEL_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_MODEL_WITHOUT_EFFECT: WithoutEffect = {
     **_WITHOUT_EFFECT,
     "adapter_kwargs": (),
     "attn_implementation": ("sdpa",),
@@ -108,7 +109,7 @@ class AutoTokenizer:
 
         Raises ModelNotFoundError, TokenizerError, UnsupportedError and ParameterError.
         """
-        _check("AutoTokenizer.from_pretrained", others, _TOKENIZER_WITHOUT_EFFECT)
+        refuse("AutoTokenizer.from_pretrained", others, _TOKENIZER_WITHOUT_EFFECT)
         path = _local_path(pretrained_model_name_or_path, gguf_file)
         tokenizer = load_tokenizer(path)
         config = _tokenizer_config(path if path.is_dir() else path.parent, tokenizer)
@@ -150,7 +151,7 @@ class AutoModelForCausalLM:
         first accelerator there is, else the CPU; nothing is split over several. Raises ModelNotFoundError,
         CheckpointError, ConfigError, UnsupportedError and ParameterError.
         """
-        _check("AutoModelForCausalLM.from_pretrained", others, _MODEL_WITHOUT_EFFECT)
+        refuse("AutoModelForCausalLM.from_pretrained", others, _MODEL_WITHOUT_EFFECT)
         path = _local_path(pretrained_model_name_or_path, gguf_file)
         checkpoint = open_checkpoint(path)
         llama = load_model(
@@ -167,14 +168,6 @@ class AutoModelForCausalLM:
 
 def _refuse_instance(name: str) -> NoReturn:
     raise UnsupportedError(f"{name} is not made by calling it: use {name}.from_pretrained(path)")
-
-
-def _check(where: str, given: Mapping[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, value in given.items():
-        if name not in without_effect:
-            raise ParameterError(f"{where} has no parameter {name!r}")
-        if value is not None and value not in without_effect[name]:
-            raise UnsupportedError(f"{where} does not support {name}={value!r}")
 
 
 def _max_length(given: int | None, declared: object) -> int:

@@ -8,7 +8,6 @@ Puna does not do is refused unless its value asks for nothing.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import warnings
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from puna.auto_arguments import asks, refuse
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.request import Sequence
 from puna.engine.sampling import SamplingParams
@@ -167,11 +167,9 @@ SETTINGS = tuple(f.name for f in fields(GenerationConfig) if f.name != "refused"
 
 def _asks(name: str, value: object) -> bool:
     """Say whether a setting that is not ours asks for anything."""
-    if name in SETTINGS or name in _IRRELEVANT or value is None:
+    if name in SETTINGS or name in _IRRELEVANT:
         return False
-    return not any(
-        type(value) is type(neutral) and value == neutral for neutral in _WITHOUT_EFFECT.get(name, ())
-    )
+    return asks(value, _WITHOUT_EFFECT.get(name, ()))
 
 
 def resolve(own: GenerationConfig, given: object, arguments: Mapping[str, Any]) -> GenerationConfig:
@@ -180,18 +178,12 @@ def resolve(own: GenerationConfig, given: object, arguments: Mapping[str, Any]) 
     `given` may be a `GenerationConfig` of Puna's or of Transformers', or None. Raises ParameterError for a
     name that Transformers does not know either, UnsupportedError for one that Puna does not do.
     """
-    for name in arguments:
-        if name not in SETTINGS and name not in _WITHOUT_EFFECT and name not in _IRRELEVANT:
-            close = difflib.get_close_matches(name, SETTINGS, 1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
-            raise ParameterError(f"generate() has no parameter {name!r}{hint}")
     config = _as_config(given).over(own)
     mine = {name: value for name, value in arguments.items() if name in SETTINGS}
-    others = {name: value for name, value in arguments.items() if name not in SETTINGS}
-    refused = {k: v for k, v in {**config.refused, **others}.items() if _asks(k, v)}
-    if refused:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
-        raise UnsupportedError(f"generate() does not support {listed}")
+    others = {k: v for k, v in arguments.items() if k not in SETTINGS and k not in _IRRELEVANT}
+    inherited = {name: value for name, value in config.refused.items() if name not in others}
+    table = dict.fromkeys(inherited, ()) | _WITHOUT_EFFECT
+    refuse("generate()", inherited | others, table, own=SETTINGS)
     _warn_of_unused(config, mine)
     return replace(config, **mine, refused={})
 

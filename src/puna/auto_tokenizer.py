@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from puna.auto_arguments import WithoutEffect, refuse
 from puna.auto_encoding import UNLIMITED, BatchEncoding, Ids, Shape, Side, require_side, to_list, to_tensor
 from puna.errors import ParameterError, UnsupportedError
 from puna.text.chat import encode_chat, render_chat_text
@@ -19,7 +20,7 @@ from puna.text.tokenizer_config import read_json
 
 logger = logging.getLogger(__name__)
 
-_CALL_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_CALL_WITHOUT_EFFECT: WithoutEffect = {
     "is_split_into_words": (False,),
     "return_length": (False,),
     "return_offsets_mapping": (False,),
@@ -217,7 +218,7 @@ class PretrainedTokenizer:
         The strings of special tokens become those tokens, as in Transformers, unless `split_special_tokens`.
         Raises ParameterError where padding is asked for without a pad token, or tensors of unequal rows.
         """
-        _refuse("tokenizer", unsupported, _CALL_WITHOUT_EFFECT)
+        refuse("tokenizer", unsupported, _CALL_WITHOUT_EFFECT)
         texts = [text] if isinstance(text, str) else list(text)
         if wrong := [item for item in texts if not isinstance(item, str)]:
             raise ParameterError(f"a text or a list of texts is needed, got {type(wrong[0]).__name__}")
@@ -390,14 +391,6 @@ class PretrainedTokenizer:
     def stream(self, *, skip_special_tokens: bool = True) -> Any:
         """Return a decoder for ids that come one by one; see `Tokenizer.stream`."""
         return self.tokenizer.stream(skip_special_tokens=skip_special_tokens)
-
-
-def _refuse(where: str, given: Mapping[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, value in given.items():
-        if name not in without_effect:
-            raise ParameterError(f"{where} has no parameter {name!r}")
-        if value is not None and value not in without_effect[name]:
-            raise UnsupportedError(f"{where} does not support {name}={value!r}")
 
 
 def _conversations(given: Sequence[Any]) -> tuple[list[list[dict[str, Any]]], bool]:
