@@ -80,7 +80,6 @@ _MODEL_WITHOUT_EFFECT: WithoutEffect = {
     "tp_size": (),
     "use_cache": (),
     "use_kernels": (False,),
-    "use_safetensors": (),
     "variant": (),
     "weights_only": (True,),
 }
@@ -142,18 +141,22 @@ class AutoModelForCausalLM:
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         gguf_file: str | None = None,
+        use_safetensors: bool | None = None,
         **others: Any,
     ) -> CausalLM:
         """Load a model from a folder, a `.gguf` file, or "cria".
 
         `dtype` (or its old name `torch_dtype`) is a torch dtype or its name; "auto", the default, is what
         the checkpoint declares. Quantised weights stay quantised. `device_map` is one device, or "auto": the
-        first accelerator there is, else the CPU; nothing is split over several. Raises ModelNotFoundError,
-        CheckpointError, ConfigError, UnsupportedError and ParameterError.
+        first accelerator there is, else the CPU; nothing is split over several. `use_safetensors` insists on
+        safetensors (True) or on .bin files (False). Raises ModelNotFoundError, CheckpointError, ConfigError,
+        UnsupportedError and ParameterError.
         """
         refuse("AutoModelForCausalLM.from_pretrained", others, _MODEL_WITHOUT_EFFECT)
         path = _local_path(pretrained_model_name_or_path, gguf_file)
-        checkpoint = open_checkpoint(path)
+        if use_safetensors not in (None, True, False):
+            raise ParameterError(f"use_safetensors must be True, False or None, got {use_safetensors!r}")
+        checkpoint = open_checkpoint(path, use_safetensors=use_safetensors)
         llama = load_model(
             checkpoint,
             dtype=_as_dtype(torch_dtype if dtype is None else dtype),
