@@ -127,7 +127,7 @@ class LLMEngine:
         self._sequences: dict[str, list[Sequence]] = {}
         self._seeds = None if self.config.seed is None else random.Random(self.config.seed)
         cache, self.pool = self._make_cache()
-        self.runner = Runner(model, cache)
+        self.runner = Runner(model, cache, None if proposer is None else proposer.follow)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 block_size=self.config.block_size,
@@ -317,14 +317,19 @@ class LLMEngine:
         return children
 
     def _propose(self, proposer: Proposer) -> None:
-        """Let the proposer guess on for the sequences that decode."""
-        decoding = [
-            s
-            for s in self.scheduler.running
-            if s.num_computed == s.num_tokens - 1 and not s.pending_forks  # forks share all blocks
-        ]
-        for sequence, drafts in zip(decoding, proposer.propose(decoding), strict=True):
-            sequence.drafts = drafts[: max(sequence.max_tokens - sequence.num_output - 1, 0)]
+        """Let the proposer guess on for the sequences that decode, where blocks for it are free."""
+        sequences: list[Sequence] = []
+        limits: list[int] = []
+        for sequence in self.scheduler.running:
+            if sequence.num_computed < sequence.num_tokens - 1 or sequence.pending_forks:
+                continue  # it reads its prompt
+            room = sequence.max_tokens - sequence.num_output - 1
+            limit = min(proposer.num_speculative_tokens, room)
+            if limit > 0 and self.scheduler.reserve(sequence, 1 + limit):
+                sequences.append(sequence)
+                limits.append(limit)
+        for sequence, drafts in zip(sequences, proposer.propose(sequences, limits), strict=True):
+            sequence.drafts = drafts
 
     def _drop(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -370,7 +375,8 @@ class LLMEngine:
         config, size = self.config, self.config.block_size
         weight = self.model.model.norm.weight
         dtype = weight.dtype if config.kv_cache_dtype == "auto" else _KV_DTYPES[config.kv_cache_dtype]
-        block_bytes = bytes_per_block(self.model.config, size, dtype)
+        draft_bytes = 0 if self._proposer is None else self._proposer.bytes_per_block(size)
+        block_bytes = bytes_per_block(self.model.config, size, dtype) + draft_bytes
         budget = config.kv_cache_memory_bytes
         if config.num_blocks is not None:
             budget = config.num_blocks * block_bytes
@@ -390,8 +396,14 @@ class LLMEngine:
             )
             self.max_model_len = num_blocks * size
         logger.info(
-            "cache: %d blocks of %d tokens, %.2f GiB", num_blocks, size, num_blocks * block_bytes / 2**30
+            "cache: %d blocks of %d tokens, %.2f GiB, of which %.2f for the draft model",
+            num_blocks,
+            size,
+            num_blocks * block_bytes / 2**30,
+            num_blocks * draft_bytes / 2**30,
         )
+        if self._proposer is not None:
+            self._proposer.make_cache(num_blocks, size)
         cache = PagedKVCache(
             self.model.config, num_blocks=num_blocks, block_size=size, dtype=dtype, device=weight.device
         )
