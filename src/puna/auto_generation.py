@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from puna.auto_arguments import asks, refuse
+from puna.auto_encoding import to_list
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.request import Sequence
 from puna.engine.sampling import SamplingParams
@@ -185,7 +187,49 @@ def resolve(own: GenerationConfig, given: object, arguments: Mapping[str, Any]) 
     table = dict.fromkeys(inherited, ()) | _WITHOUT_EFFECT
     refuse("generate()", inherited | others, table, own=SETTINGS)
     _warn_of_unused(config, mine)
-    return replace(config, **mine, refused={})
+    resolved = replace(config, **mine, refused={})
+    _require_kinds(resolved)
+    return resolved
+
+
+_INTEGERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def _require_kinds(config: GenerationConfig) -> None:
+    """Raise ParameterError for a value of a wrong type, wherever it was set."""
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(_INTEGERS, ("an integer", _is_integer)),
+        **dict.fromkeys(_NUMBERS, ("a number", _is_number)),
+        "do_sample": ("True or False", lambda value: isinstance(value, bool)),
+        "stop_strings": ("a string or a list of strings", _is_text_or_texts),
+        "bos_token_id": ("a token id", _is_integer),
+        "pad_token_id": ("a token id", _is_integer),
+        "eos_token_id": ("a token id or a list of them", _is_id_or_ids),
+    }
+    for name, (kind, fits) in kinds.items():
+        value = getattr(config, name)
+        if value is not None and not fits(value):
+            raise ParameterError(f"{name} must be {kind}, got {value!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_id_or_ids(value: object) -> bool:
+    value = to_list(value)
+    return all(map(_is_integer, value)) if isinstance(value, list) else _is_integer(value)
+
+
+def _is_text_or_texts(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+    )
 
 
 def _as_config(given: object) -> GenerationConfig:
@@ -263,10 +307,10 @@ def _or(value: float | None, default: float) -> float:
 
 def eos_ids(config: GenerationConfig) -> list[int]:
     """Return the ids that end a sequence."""
-    eos = config.eos_token_id
+    eos = to_list(config.eos_token_id)
     if eos is None:
         return []
-    return [int(eos)] if isinstance(eos, int) else [int(i) for i in eos]
+    return [int(token_id) for token_id in (eos if isinstance(eos, list) else [eos])]
 
 
 def _max_new_tokens(config: GenerationConfig, width: int, context: int) -> int:

@@ -244,6 +244,7 @@ class CausalLM:
         """
         refuse("forward()", unsupported, _FORWARD_WITHOUT_EFFECT)
         ids, mask = _checked_inputs(input_ids, attention_mask)
+        _require_in_vocabulary(ids[mask], self.llama.config.vocab_size)
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device)
         positions = position_ids.to(ids.device).expand(ids.shape)[mask]
@@ -280,6 +281,7 @@ class CausalLM:
             raise UnsupportedError("generate() does not support position_ids: padding is left out by itself")
         config = resolve(self.generation_config, generation_config, settings)
         ids, mask = _prompts(inputs, input_ids, attention_mask, config, self.device)
+        _require_in_vocabulary(ids[mask], self.llama.config.vocab_size)
         plan = make_plan(config, ids.shape[1], self.llama.config)
         return run(self.llama, ids, mask, plan, tokenizer=tokenizer, streamer=streamer)
 
@@ -348,10 +350,23 @@ def _checked_inputs(ids: object, attention_mask: Tensor | None) -> tuple[Tensor,
     return ids.long(), attention_mask.to(ids.device) != 0
 
 
+def _require_in_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise ParameterError for an id that no row of the embedding belongs to."""
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise ParameterError(
+            f"token id {int(outside[0])} is outside the model's vocabulary, 0 to {vocab_size - 1}"
+        )
+
+
 def _loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Average the cross entropy of each label under the logits one place before it."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ParameterError(f"labels must be a tensor of integers, got {kind}")
     if labels.shape != mask.shape:
         raise ParameterError(f"labels must have the shape of input_ids {tuple(mask.shape)}")
+    _require_in_vocabulary(labels[labels != -100], logits.shape[-1])
     seen = mask[:, :-1].to(logits.device)
     wanted = labels[:, 1:].to(logits.device).masked_fill(~seen, -100)
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten())

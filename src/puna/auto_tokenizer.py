@@ -8,11 +8,21 @@ chat, the strings of special tokens inside messages stay text (Transformers: `sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 from puna.auto_arguments import WithoutEffect, refuse
-from puna.auto_encoding import UNLIMITED, BatchEncoding, Ids, Shape, Side, require_side, to_list, to_tensor
+from puna.auto_encoding import (
+    UNLIMITED,
+    BatchEncoding,
+    Ids,
+    Shape,
+    Side,
+    require_ids,
+    require_side,
+    to_list,
+    to_tensor,
+)
 from puna.errors import ParameterError, UnsupportedError
 from puna.text.chat import encode_chat, render_chat_text
 from puna.text.tokenizer import Tokenizer
@@ -180,9 +190,12 @@ class PretrainedTokenizer:
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int]:
         """Return the id of a token, or of each; that of the unknown token, or None, for others."""
         if isinstance(tokens, str):
-            token_id = self.tokenizer.token_to_id(tokens)
-            return self.unk_token_id if token_id is None else token_id
-        return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+            return self._id(tokens)
+        return [self._id(token) for token in _texts(tokens)]  # type: ignore[misc]
+
+    def _id(self, token: str) -> int | None:
+        token_id = self.tokenizer.token_to_id(token)
+        return self.unk_token_id if token_id is None else token_id
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> str | list[str]:
         """Return the token of an id, or of each, as the vocabulary spells them."""
@@ -190,7 +203,7 @@ class PretrainedTokenizer:
         if isinstance(ids, int):
             return self.tokenizer.id_to_token(ids)
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        return [self.tokenizer.id_to_token(token_id) for token_id in ids if token_id not in skipped]
+        return [self.tokenizer.id_to_token(i) for i in require_ids(ids) if i not in skipped]
 
     def num_special_tokens_to_add(self) -> int:
         """Return how many tokens are put around a text."""
@@ -219,9 +232,7 @@ class PretrainedTokenizer:
         Raises ParameterError where padding is asked for without a pad token, or tensors of unequal rows.
         """
         refuse("tokenizer", unsupported, _CALL_WITHOUT_EFFECT)
-        texts = [text] if isinstance(text, str) else list(text)
-        if wrong := [item for item in texts if not isinstance(item, str)]:
-            raise ParameterError(f"a text or a list of texts is needed, got {type(wrong[0]).__name__}")
+        texts = _texts(text)
         rows = [
             self.tokenizer.encode(item, add_special_tokens=False, parse_special=not split_special_tokens)
             for item in texts
@@ -377,13 +388,13 @@ class PretrainedTokenizer:
         ids = to_list(token_ids)
         if isinstance(ids, int):
             ids = [ids]
-        if ids and isinstance(ids[0], list | tuple):
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(require_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **settings: Any) -> list[str]:
         """Return the texts of a batch of ids."""
-        if len(sequences) == 0:
+        if isinstance(sequences, Sized) and len(sequences) == 0:
             return []
         texts = self.decode(sequences, skip_special_tokens, **settings)
         return [texts] if isinstance(texts, str) else texts
@@ -393,12 +404,35 @@ class PretrainedTokenizer:
         return self.tokenizer.stream(skip_special_tokens=skip_special_tokens)
 
 
+def _texts(given: object) -> list[str]:
+    """Return a text, or several in a list, as a list."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple):
+        raise ParameterError(f"a text or a list of texts is needed, got {type(given).__name__}")
+    if wrong := [item for item in texts if not isinstance(item, str)]:
+        raise ParameterError(
+            f"a text or a list of texts is needed, got a list with {type(wrong[0]).__name__}"
+        )
+    return list(texts)
+
+
 def _conversations(given: Sequence[Any]) -> tuple[list[list[dict[str, Any]]], bool]:
     """Return a list of conversations, and whether several were given; keys with None are dropped."""
+    if not isinstance(given, list | tuple):
+        raise ParameterError(f"a conversation is a list of messages, not {type(given).__name__}")
     if not given:
         raise ParameterError("the conversation is empty: a chat template needs at least one message")
     is_batch = isinstance(given[0], list | tuple)
     conversations = given if is_batch else [given]
+    for messages in conversations:
+        if not isinstance(messages, list | tuple):
+            raise ParameterError(f"in a batch each conversation is a list, not {type(messages).__name__}")
+        for message in messages:
+            if not isinstance(message, Mapping):
+                kind = type(message).__name__
+                raise ParameterError(
+                    f"a message is a dict with role and content, not {kind}: {message!r:.80}"
+                )
     return [
         [{key: value for key, value in message.items() if value is not None} for message in messages]
         for messages in conversations
