@@ -290,38 +290,25 @@ class PretrainedTokenizer:
             raise UnsupportedError("sanitize_control_tokens=False: messages never become special tokens here")
         if return_assistant_tokens_mask:
             raise UnsupportedError("return_assistant_tokens_mask is not supported")
-        if any(callable(tool) for tool in tools or ()):
-            raise UnsupportedError("tools must be JSON schemas: functions are not turned into them")
         conversations, is_batch = _conversations(conversation)
-        if ours := {"template", "chat_format", "date"} & template_variables.keys():
-            raise ParameterError(f"apply_chat_template has no parameter {min(ours)!r}")
-        if not isinstance(continue_final_message, bool):
-            raise UnsupportedError(
-                f"continue_final_message must be True or False, got {continue_final_message!r}"
-            )
-        settings: dict[str, Any] = {
-            "tools": tools,
+        settings = {
+            **_chat_settings(tools, continue_final_message, template_variables),
             "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
             "template": self._template(chat_template),
             **({} if documents is None else {"documents": documents}),
-            **template_variables,
         }
         if not tokenize:
             texts = [render_chat_text(self.tokenizer, messages, **settings) for messages in conversations]
             return texts if is_batch else texts[0]
-        encoding = self._finish(
-            [encode_chat(self.tokenizer, messages, **settings) for messages in conversations],
-            **{
-                "is_batch": is_batch,
-                "padding": padding,
-                "truncation": truncation,
-                "max_length": max_length,
-                "return_tensors": return_tensors,
-                "add_special_tokens": False,
-                **(tokenizer_kwargs or {}),
-            },
-        )
+        shape = {
+            "padding": padding,
+            "truncation": truncation,
+            "max_length": max_length,
+            "return_tensors": return_tensors,
+            **(tokenizer_kwargs or {}),
+        }
+        rows = [encode_chat(self.tokenizer, messages, **settings) for messages in conversations]
+        encoding = self._finish(rows, **{"is_batch": is_batch, "add_special_tokens": False, **shape})
         return encoding if return_dict else encoding["input_ids"]
 
     def _template(self, asked: str | None) -> str | None:
@@ -402,6 +389,23 @@ class PretrainedTokenizer:
     def stream(self, *, skip_special_tokens: bool = True) -> Any:
         """Return a decoder for ids that come one by one; see `Tokenizer.stream`."""
         return self.tokenizer.stream(skip_special_tokens=skip_special_tokens)
+
+
+def _chat_settings(
+    tools: Sequence[Mapping[str, Any]] | None, continue_final_message: bool, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments for `encode_chat` that need a look first."""
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise ParameterError(f"tools must be a list of JSON schemas, got {type(tools).__name__}")
+    if any(callable(tool) for tool in tools or ()):
+        raise UnsupportedError("tools must be JSON schemas: functions are not turned into them")
+    if ours := {"template", "chat_format", "date"} & variables.keys():
+        raise ParameterError(f"apply_chat_template has no parameter {min(ours)!r}")
+    if not isinstance(continue_final_message, bool):
+        raise UnsupportedError(
+            f"continue_final_message must be True or False, got {continue_final_message!r}"
+        )
+    return {"tools": tools, "continue_final_message": continue_final_message, **variables}
 
 
 def _texts(given: object) -> list[str]:
