@@ -12,7 +12,9 @@ from torch import Tensor
 from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
 from puna.errors import ParameterError, UnsupportedError
-from puna.weights.quant import GGMLType, QuantTensor, swap_in
+from puna.gguf_header import GGMLType
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import swap_in
 
 from tiny import hf_llama, hf_llama4, puna_twin
 

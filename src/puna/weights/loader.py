@@ -27,7 +27,8 @@ from puna.weights.files import list_names
 from puna.weights.gguf import open_gguf
 from puna.weights.hf import WEIGHT_FILES, HfCheckpoint
 from puna.weights.meta import MetaCheckpoint, list_shards
-from puna.weights.quant import QuantTensor, swap_in
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import ShapeError, swap_in
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +241,10 @@ class _Filling:
     def _put_packed(self, name: str, value: QuantTensor) -> None:
         try:
             swap_in(self.model, name, value.to(self.device))
-        except ValueError as error:
-            if name in self.expected:
-                self.misshapen.append(f"{name} ({error})")
-            else:
-                self.unexpected.append(name)
+        except ShapeError as error:
+            self.misshapen.append(f"{name} ({error})")
+        except ValueError as error:  # nothing there takes packed weights
+            self.unexpected.append(f"{name} ({error})" if name in self.expected else name)
 
     def _note_shape(self, name: str, value: Tensor) -> None:
         wanted = list(self.expected[name])
