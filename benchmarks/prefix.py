@@ -53,9 +53,8 @@ def main() -> None:
         pair = [prefill(engine, prefix + rng.choices(vocabulary, k=arguments.tail)) for _ in range(2)]
         if number:  # the round before the first is the warm-up
             rounds.append(pair)
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {arguments.shape}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}; {arguments.shape}")
     for name, which in (("first", 0), ("second", 1)):
         print(row(name, [pair[which] for pair in rounds]))
     tokens = [second["computed"] / first["computed"] for first, second in rounds]
