@@ -241,6 +241,7 @@ class Worker:
 def environment(name: str, threads: int, cache: Path) -> dict[str, str]:
     """Give every engine the same number of threads; vLLM would keep one core free without being told."""
     values = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    values["PYTHONSAFEPATH"] = "1"  # no file beside this one may pass for a package of the same name
     if name == "vllm":
         cores = "0" if threads == 1 else f"0-{threads - 1}"
         values |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2"}
