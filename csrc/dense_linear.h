@@ -34,6 +34,13 @@ struct DenseGroups {
 // How far apart the tokens lie where few of them lie one after the other.
 inline int64_t dot_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
 
+// Where the values of the group whose first token is `first` begin, for the panel of columns from `from` on:
+// panel by panel, in each group by group, in each column by column.
+inline int64_t group_at(const DenseInput& x, int64_t from, int64_t first) {
+  const int64_t left = x.columns - from;
+  return from * x.tokens + first * (left < kDenseColumns ? left : kDenseColumns);
+}
+
 inline void dense_pack(const void* x, Dtype type, int64_t stride, int64_t begin, int64_t end,
                        const DenseInput& out) {
   const DenseGroups groups(out.tokens);
@@ -49,7 +56,8 @@ inline void dense_pack(const void* x, Dtype type, int64_t stride, int64_t begin,
         }
         alignas(64) float values[16];
         Simd::store_f(values, f);
-        float* to = out.values + first * out.columns + column * count + (t - first);
+        float* to = out.values + group_at(out, column / kDenseColumns * kDenseColumns, first) +
+                    column % kDenseColumns * count + (t - first);
         for (int i = 0; i < (left < 16 ? left : 16); ++i) to[i * count] = values[i];
       }
     }
@@ -114,7 +122,11 @@ void convert_panel(const uint16_t* weight, int64_t columns, int64_t rows, int64_
   const uint16_t* row[kDenseRows];
   for (int r = 0; r < kDenseRows; ++r) row[r] = r < rows ? weight + r * columns + from : zeros;
   int column = 0;
-  for (; column + 8 <= count; column += 8) transpose(row, column, panel + 16 * column);
+  for (; column + 8 <= count; column += 8) {
+    if (column % 32 == 0)  // 16 rows are more than what processors foresee by themselves
+      for (int r = 0; r < kDenseRows; ++r) __builtin_prefetch(row[r] + column + 64, 0, 2);
+    transpose(row, column, panel + 16 * column);
+  }
   if (column == count) return;
   uint16_t rest[8 * kDenseRows] = {};
   for (int r = 0; r < kDenseRows; ++r) {
@@ -171,8 +183,8 @@ void dense_block(const DenseLinearJob& job, int64_t begin, int64_t rows) {
                           from, columns, panels[p]);
       for (int64_t group = 0; group < groups.count; ++group) {
         const int64_t first = groups.first(group), count = groups.first(group + 1) - first;
-        multiply_dense_group(panels[p], x.values + first * x.columns + from * count, static_cast<int>(count),
-                             columns, totals[p] + first * kDenseRows);
+        multiply_dense_group(panels[p], x.values + group_at(x, from, first), static_cast<int>(count), columns,
+                             totals[p] + first * kDenseRows);
       }
     }
   }

@@ -7,6 +7,7 @@ namespace puna {
 namespace {
 
 constexpr int64_t kWorthThreads = 1 << 16;  // multiplications below which starting threads costs more
+constexpr int64_t kWorthPacking = 1 << 16;  // values below which waiting for the other threads costs more
 constexpr int64_t kBlockRows = 64;
 
 // Few enough rows that the threads end together, enough that each reads a long run of memory.
@@ -27,14 +28,18 @@ void dense_linear(const void* x, Dtype type, int64_t tokens, int64_t columns, in
       reinterpret_cast<float*>(workspace.take(most * (columns + 16) * static_cast<int64_t>(sizeof(float))));
   int64_t work = 0;
   for (const DenseWeight& weight : weights) work += weight.rows * columns * tokens;
+  const bool packed = tokens * columns <= kWorthPacking && tokens <= kDenseTokens;
+  if (packed) table.dense_pack(x, type, stride, 0, tokens, {tokens, columns, values});
 #pragma omp parallel if (work >= kWorthThreads)
   for (int64_t first = 0; first < tokens; first += kDenseTokens) {
     const int64_t count = tokens - first < kDenseTokens ? tokens - first : kDenseTokens;
     const DenseInput input{count, columns, values};
     const int64_t from = first * stride * dtype_bytes(type);
+    if (!packed) {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < count; ++t)
-      table.dense_pack(static_cast<const uint8_t*>(x) + from, type, stride, t, t + 1, input);
+      for (int64_t t = 0; t < count; ++t)
+        table.dense_pack(static_cast<const uint8_t*>(x) + from, type, stride, t, t + 1, input);
+    }
     for (size_t i = 0; i < weights.size(); ++i) {
       const DenseWeight& weight = weights[i];
       uint8_t* out = static_cast<uint8_t*>(outs[i]) + first * weight.rows * dtype_bytes(type);
@@ -44,7 +49,9 @@ void dense_linear(const void* x, Dtype type, int64_t tokens, int64_t columns, in
       for (int64_t row = 0; row < weight.rows; row += step)
         table.dense_linear(job, row, row + step < weight.rows ? row + step : weight.rows);
     }
+    if (first + count < tokens) {  // the values are overwritten next
 #pragma omp barrier
+    }
   }
 }
 

@@ -256,7 +256,8 @@ void multiply_group(const Panel& panel, const Group& x, int64_t first_sub, int s
 }
 
 inline void store_rows(const QuantLinearJob& job, int64_t token, int64_t tile, F f) {
-  store_some(job.out, job.out_type, token * job.out_stride + tile * kTileRows, job.rows - tile * kTileRows, f);
+  store_some(job.out, job.out_type, token * job.out_stride + tile * kTileRows, job.rows - tile * kTileRows,
+             f);
 }
 
 constexpr int kMostTokens = 128;
