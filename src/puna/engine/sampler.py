@@ -35,11 +35,20 @@ def sample(logits: Tensor, sequence: Sequence) -> int | None:
     return _draw(logits / params.temperature, params, sequence.generator)
 
 
-def logprobs_of(logits: Tensor, token_id: int, count: int) -> Logprobs:
-    """Return the chosen token's log-probability and the `count` best ones (-1: all), before any rule."""
+def logprobs_of(
+    logits: Tensor, token_id: int, count: int, wanted_ids: SequenceOf[int] | None = None
+) -> Logprobs:
+    """Return the chosen token's log-probability and the `count` best ones (-1: all), before any rule.
+
+    With `wanted_ids` those of these ids are returned instead of the best.
+    """
     values = logits.float().log_softmax(dim=-1)
     chosen = values[token_id]
     rank = int((values > chosen).sum()) + 1
+    if wanted_ids is not None:
+        listed = [token_id, *dict.fromkeys(i for i in wanted_ids if i != token_id)]
+        found = values[torch.tensor(listed, device=values.device)]
+        return Logprobs(listed, found.tolist(), [int((values > value).sum()) + 1 for value in found])
     count = len(values) if count < 0 else min(count, len(values))
     best = values.topk(count)
     ids, top = best.indices.tolist(), best.values.tolist()
