@@ -6,6 +6,7 @@ It adds what the engine does not know: words as ids, stop strings, grammars over
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from puna.model.llama import Llama
 from puna.outputs import RequestOutputs
 from puna.text.grammar import GrammarCompiler, TokenGrammar
 from puna.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class TextEngine:
@@ -36,13 +39,14 @@ class TextEngine:
             model,
             config,
             end_ids=self.end_ids,
-            compile_grammar=self._compile_grammar,
+            compile_grammar=self.compile_grammar,
             proposer=proposer,
             num_token_ids=min(tokenizer.vocab_size, model.config.vocab_size),
         )
         self._special_ids = frozenset(tokenizer.special_tokens.values())
         self._requests: dict[str, RequestOutputs] = {}
         self._compiler: GrammarCompiler | None = None
+        self._warned_of_bos = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -58,23 +62,39 @@ class TextEngine:
         priority: int = 0,
         salt: bytes = b"",
         continues: bool | None = None,
+        text: str | None = None,
     ) -> RequestOutputs:
         """Queue a request; text gets the tokenizer's BOS. Raises ParameterError if it can never run.
 
+        `text` is what the outputs show as the prompt where ids are given.
         `continues` says whether the answer goes on in the middle of a text; by default it does where the
         prompt holds more than special tokens.
         """
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        text = prompt if isinstance(prompt, str) else text
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.bad_words:
             words = [ids for word in params.bad_words for ids in self._word_ids(word)]
             params = dataclasses.replace(params, bad_words_token_ids=words)
         self.engine.add(request_id, ids, params, priority=priority, salt=salt)
         if continues is None:
             continues = not self._special_ids.issuperset(ids)
-        outputs = RequestOutputs(request_id, text, self.tokenizer, params.n, continues=continues)
+        outputs = RequestOutputs(request_id, text, self.tokenizer, params, continues=continues)
         self._requests[request_id] = outputs
         return outputs
+
+    def encode(self, text: str, *, parse_special: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a prompt; warn once if its text already begins with the BOS that is added."""
+        bos = self.tokenizer.bos_token_id
+        if add_special_tokens and self.tokenizer.add_bos and bos is not None and not self._warned_of_bos:
+            name = self.tokenizer.id_to_token(bos)
+            if text.startswith(name):
+                self._warned_of_bos = True
+                logger.warning(
+                    "a prompt begins with %s, and the tokenizer puts another before it: "
+                    "give a rendered chat as ids, or without it",
+                    name,
+                )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def abort(self, request_id: str) -> None:
         """End a request and give its blocks back at once."""
@@ -82,7 +102,7 @@ class TextEngine:
         self._requests.pop(request_id, None)
 
     def step(self) -> list[RequestOutputs]:
-        """Compute one batch and return the requests that got on."""
+        """Compute one batch and return the requests that got on and want an output now."""
         touched: dict[str, RequestOutputs] = {}
         for output in self.engine.step():
             sequence = output.sequence
@@ -97,7 +117,7 @@ class TextEngine:
         for request in touched.values():
             if request.finished:
                 del self._requests[request.request_id]
-        return list(touched.values())
+        return [request for request in touched.values() if request.is_due]
 
     def _word_ids(self, word: str) -> list[list[int]]:
         """Return the ids of a word alone and behind a space, where the space does not change its length."""
@@ -107,7 +127,8 @@ class TextEngine:
             return [plain, spaced]
         return [plain] if plain else []
 
-    def _compile_grammar(self, wanted: StructuredOutputsParams) -> TokenGrammar:
+    def compile_grammar(self, wanted: StructuredOutputsParams) -> TokenGrammar:
+        """Return a grammar at its beginning; raise ParameterError that says what is wrong with it."""
         if self._compiler is None:
             vocab_size = self.engine.model.config.vocab_size
             self._compiler = GrammarCompiler(self.tokenizer, self.end_ids, vocab_size)
@@ -119,5 +140,6 @@ class TextEngine:
             "any_whitespace": not wanted.disable_any_whitespace,
             "additional_properties": not wanted.disable_additional_properties,
             "whitespace_pattern": wanted.whitespace_pattern,
+            "structural_tag": wanted.structural_tag,
         }
         return self._compiler.compile(**arguments)

@@ -26,7 +26,7 @@ def sample(logits: Tensor, sequence: Sequence) -> int | None:
     None where lists, grammar and minimum length together allow no token.
     """
     params = sequence.params
-    logits = _masked(logits.float(), sequence)
+    logits = masked(logits.float(), sequence)
     if not bool(logits.max() > -math.inf):
         return None
     logits = _penalized(logits, params, sequence.prompt_ids, sequence.output_ids)
@@ -61,8 +61,8 @@ def logprobs_of(
     )
 
 
-def _masked(logits: Tensor, sequence: Sequence) -> Tensor:
-    """Apply what forbids tokens or shifts them: lists, bad words, minimum length, grammar, bias."""
+def masked(logits: Tensor, sequence: Sequence) -> Tensor:
+    """Return a copy with what forbids tokens or shifts them: lists, words, minimum length, grammar, bias."""
     params = sequence.params
     forbidden = _forbidden_ids(sequence)
     logits = logits.clone()
