@@ -112,11 +112,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _in_range(value: float, schema: dict[str, Any]) -> bool:
-    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-    below, above = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
     if "multipleOf" in schema and value % schema["multipleOf"] != 0:
         return False
-    return bool(low <= value <= high and below <= value <= above and value not in (below, above))
+    if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
+        return False
+    if "exclusiveMaximum" in schema and value >= schema["exclusiveMaximum"]:
+        return False
+    return bool(schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf))
 
 
 def _string_fits(value: str, schema: dict[str, Any]) -> bool:
