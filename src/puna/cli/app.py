@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import puna
+from puna.cli.bench import bench
 from puna.cli.run import run
 from puna.cli.show import show
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(show)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -29,7 +29,7 @@ def sample(logits: Tensor, sequence: Sequence) -> int | None:
     logits = masked(logits.float(), sequence)
     if not bool(logits.max() > -math.inf):
         return None
-    logits = _penalized(logits, params, sequence.prompt_ids, sequence.output_ids)
+    logits = _penalized(logits, sequence)
     if params.greedy:
         return int(logits.argmax())
     return _draw(logits / params.temperature, params, sequence.generator)
@@ -100,19 +100,18 @@ def _forbidden_ids(sequence: Sequence) -> list[int]:
     return forbidden
 
 
-def _penalized(
-    logits: Tensor, params: SamplingParams, prompt_ids: SequenceOf[int], output_ids: SequenceOf[int]
-) -> Tensor:
+def _penalized(logits: Tensor, sequence: Sequence) -> Tensor:
     """Apply the three penalties; formulas of vLLM, the first from arXiv 1909.05858."""
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt_ids, *output_ids}), device=logits.device)
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits = logits.clone()
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.frequency_penalty or params.presence_penalty) and output_ids:
-        counts = torch.bincount(torch.tensor(output_ids), minlength=len(logits)).to(logits.device)
-        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    penalty, presence = sequence.params.repetition_penalty, sequence.params.presence_penalty
+    frequency = sequence.params.frequency_penalty
+    if penalty == 1.0 and not presence and not frequency:
+        return logits
+    counts = sequence.counts(len(logits), logits.device)
+    if penalty != 1.0:
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where((counts.prompt > 0) | (counts.output > 0), penalized, logits)
+    if presence or frequency:
+        logits = logits - frequency * counts.output - presence * (counts.output > 0)
     return logits
 
 
