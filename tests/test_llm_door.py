@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -13,7 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from puna import LLM, BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
+from puna import LLM, AsyncLLM, BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
+from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.sampling import RepetitionDetectionParams, StructuredOutputsParams
 from puna.errors import ParameterError, UnsupportedError
 from puna.llm_arguments import (
@@ -96,6 +98,32 @@ def test_a_final_output_comes_alone_and_cumulative_ones_by_the_interval(llm: LLM
     assert generated[0].outputs == final.outputs  # whole in any case
     several[0].add(several[-1], aggregate=False)
     assert several[0].outputs == final.outputs
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY])
+def test_async_streams_have_the_kind_asked_for(llm: LLM, kind: RequestOutputKind) -> None:
+    engine = AsyncLLM(llm.text_engine)
+    params = SamplingParams(temperature=0.0, max_tokens=9, output_kind=kind)
+
+    async def read() -> list[RequestOutput]:
+        return [output async for output in engine.generate("a", "Lily", params)]
+
+    try:
+        outputs = asyncio.run(asyncio.wait_for(read(), 60))
+    finally:
+        engine.shutdown()
+    whole = one(llm, "Lily", max_tokens=9).outputs[0]
+    assert "".join(output.outputs[0].text for output in outputs) == whole.text
+    assert [i for output in outputs for i in output.outputs[0].token_ids] == whole.token_ids
+    assert len(outputs) == (9 if kind is RequestOutputKind.DELTA else 1) and outputs[-1].finished
+
+
+def test_ids_that_only_pad_the_vocabulary_are_refused(llm: LLM) -> None:
+    config = EngineConfig(kv_cache_memory_bytes=2**20)
+    engine = LLMEngine(llm.text_engine.engine.model, config, num_token_ids=500)
+    engine.check([499], SamplingParams(allowed_token_ids=[499]))
+    with pytest.raises(ParameterError, match="allowed_token_ids 505 is outside the vocabulary of 500"):
+        engine.check([499], SamplingParams(allowed_token_ids=[505]))
 
 
 def test_logprobs_of_chosen_ids_flat_and_without_text(llm: LLM) -> None:

@@ -100,6 +100,9 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     lora_request: Any = None
+    sampling_mask: None = None
+    spec_decode_metrics: None = None
+    weight_versions: None = None
 
     def finished(self) -> bool:
         """Say whether the answer has ended."""
@@ -154,6 +157,9 @@ class RequestOutput:
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
+    num_cache_creation_tokens: int | None = None
+    kv_transfer_params: None = None
+    ec_transfer_params: None = None
 
     def add(self, next_output: RequestOutput, aggregate: bool) -> None:
         """Take in a later output of the request: by joining deltas if `aggregate`, else by replacing."""
