@@ -12,12 +12,22 @@ if TYPE_CHECKING:
     from puna.async_llm import AsyncLLM as AsyncLLM
     from puna.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from puna.auto import AutoTokenizer as AutoTokenizer
+    from puna.engine.pooling import PoolingParams as PoolingParams
     from puna.engine.sampling import BeamSearchParams as BeamSearchParams
+    from puna.engine.sampling import RequestOutputKind as RequestOutputKind
     from puna.engine.sampling import SamplingParams as SamplingParams
     from puna.engine.sampling import StructuredOutputsParams as StructuredOutputsParams
     from puna.llm import LLM as LLM
     from puna.outputs import CompletionOutput as CompletionOutput
+    from puna.outputs import EmbeddingOutput as EmbeddingOutput
+    from puna.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
+    from puna.outputs import PoolingOutput as PoolingOutput
+    from puna.outputs import PoolingRequestOutput as PoolingRequestOutput
     from puna.outputs import RequestOutput as RequestOutput
+    from puna.outputs import ScoringOutput as ScoringOutput
+    from puna.outputs import ScoringRequestOutput as ScoringRequestOutput
+    from puna.prompts import TextPrompt as TextPrompt
+    from puna.prompts import TokensPrompt as TokensPrompt
 
 __version__ = "0.1.0"
 
@@ -27,10 +37,20 @@ _PUBLIC = {
     "AutoTokenizer": "puna.auto",
     "BeamSearchParams": "puna.engine.sampling",
     "CompletionOutput": "puna.outputs",
+    "EmbeddingOutput": "puna.outputs",
+    "EmbeddingRequestOutput": "puna.outputs",
     "LLM": "puna.llm",
+    "PoolingOutput": "puna.outputs",
+    "PoolingParams": "puna.engine.pooling",
+    "PoolingRequestOutput": "puna.outputs",
     "RequestOutput": "puna.outputs",
+    "RequestOutputKind": "puna.engine.sampling",
     "SamplingParams": "puna.engine.sampling",
+    "ScoringOutput": "puna.outputs",
+    "ScoringRequestOutput": "puna.outputs",
     "StructuredOutputsParams": "puna.engine.sampling",
+    "TextPrompt": "puna.prompts",
+    "TokensPrompt": "puna.prompts",
 }
 
 __all__ = [
@@ -39,10 +59,20 @@ __all__ = [
     "AutoTokenizer",
     "BeamSearchParams",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "LLM",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
