@@ -1,7 +1,7 @@
 """Measure the CPU kernels beside the memory's read bandwidth and torch's own linear layers, in one run.
 
-    python benchmarks/kernels.py [--rows 8192] [--columns 2048] [--tokens 1 8 32 512] [--types Q4_0 Q4_K]
-    python benchmarks/kernels.py --dense [--tokens 1 8 128]
+    python benchmarks/cpu_kernels.py [--rows 8192] [--columns 2048] [--tokens 1 8 32 512] [--types Q4_0 Q4_K]
+    python benchmarks/cpu_kernels.py --dense [--tokens 1 8 128]
 
 With --dense: bfloat16 weights of the shapes of Llama 3.2 1B, and how many times faster than torch's own.
 
