@@ -4,6 +4,8 @@
 
 #include "quant_linear.h"
 
+#include "paged_attention.h"
+
 namespace puna {
 const KernelTable kAvx2Kernels = PUNA_ISA::make_table("avx2");
 }  // namespace puna

@@ -4,6 +4,8 @@
 
 #include "quant_linear.h"
 
+#include "paged_attention.h"
+
 namespace puna {
 const KernelTable kAvx512Kernels = PUNA_ISA::make_table("avx512");
 }  // namespace puna

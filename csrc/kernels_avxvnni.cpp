@@ -5,6 +5,8 @@
 
 #include "quant_linear.h"
 
+#include "paged_attention.h"
+
 namespace puna {
 const KernelTable kAvxVnniKernels = PUNA_ISA::make_table("avxvnni");
 }  // namespace puna

@@ -4,6 +4,8 @@
 
 #include "quant_linear.h"
 
+#include "paged_attention.h"
+
 namespace puna {
 const KernelTable kPortableKernels = PUNA_ISA::make_table("portable");
 }  // namespace puna

@@ -338,11 +338,19 @@ void quant_linear(const QuantLinearJob& job, int64_t begin, int64_t end) {
   }
 }
 
+// See paged_attention.h.
+void attend(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head, float* memory,
+            float* partial);
+void merge_splits(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head, float* partials,
+                  int64_t splits, int64_t stride);
+
 constexpr KernelTable make_table(const char* name) {
   KernelTable table{};
   table.name = name;
   table.group_size = group_size;
   table.quantize = quantize;
+  table.attend = attend;
+  table.merge_splits = merge_splits;
   table.quant_linear[kQ4_0] = quant_linear<Q4_0>;
   table.quant_linear[kQ4_1] = quant_linear<Q4_1>;
   table.quant_linear[kQ5_0] = quant_linear<Q5_0>;
