@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ class Case:
         self.starts, self.counts = torch.tensor(starts), torch.tensor(counts)
         self.scale = head_dim**-0.5
 
-    def batch(self) -> cpu.PagedBatch:
+    def batch(self) -> Any:
         return cpu.PagedBatch(
             self.tables, self.starts, self.counts, num_blocks=self.num_blocks, block_size=self.block_size
         )
@@ -202,13 +203,13 @@ def test_queries_that_are_part_of_a_wider_tensor(isa: str) -> None:
 def test_wrong_calls_raise() -> None:
     case = Case([0, 20], [10, 1])
 
-    def batch(**changes: object) -> object:
+    def batch(**changes: object) -> Any:
         arguments = {"block_tables": case.tables, "starts": case.starts, "counts": case.counts}
         sizes = {"num_blocks": case.num_blocks, "block_size": 16}
         return cpu.PagedBatch(**(arguments | sizes | changes))
 
-    def attend(q: Tensor, keys: Tensor, values: Tensor, **changes: object) -> None:
-        cpu.paged_attention(q, keys, values, case.batch(), **({"scale": 1.0} | changes))
+    def attend(q: Tensor, keys: Tensor, values: Tensor, chunk_size: int | None = None) -> None:
+        cpu.paged_attention(q, keys, values, case.batch(), scale=1.0, chunk_size=chunk_size)
 
     wrong_block = case.tables.clone()
     wrong_block[1, 1] = case.num_blocks
@@ -228,22 +229,22 @@ def test_wrong_calls_raise() -> None:
         with pytest.raises(ValueError, match=message):
             batch(**changes)
     q, keys, values = case.q, case.keys, case.values
-    for arguments, changes, message in (
-        ((q.double(), keys, values), {}, "float64"),
-        ((q, keys.double(), values.double()), {}, "float64"),
-        ((q, keys, values.bfloat16()), {}, "differ"),
-        ((q, keys, values[1:]), {}, "differ"),
-        ((q, keys[1:], values[1:]), {}, "do not fit"),
-        ((q[..., :32], keys, values), {}, "do not fit"),
-        ((q.flatten(1), keys, values), {}, "do not fit"),
-        ((q, keys.transpose(2, 3).contiguous().transpose(2, 3), values), {}, "not contiguous"),
-        ((q[1:], keys, values), {}, "10 tokens were given, the sequences have 11"),
-        ((q[:, :7], keys, values), {}, "7 heads cannot share 2"),
-        ((q[:, :0], keys, values), {}, "0 heads cannot share 2"),
-        ((q, keys, values), {"chunk_size": 0}, "chunk_size is 0"),
+    for arguments, message in (
+        ((q.double(), keys, values), "float64"),
+        ((q, keys.double(), values.double()), "float64"),
+        ((q, keys, values.bfloat16()), "differ"),
+        ((q, keys, values[1:]), "differ"),
+        ((q, keys[1:], values[1:]), "do not fit"),
+        ((q[..., :32], keys, values), "do not fit"),
+        ((q.flatten(1), keys, values), "do not fit"),
+        ((q, keys.transpose(2, 3).contiguous().transpose(2, 3), values), "not contiguous"),
+        ((q[1:], keys, values), "10 tokens were given, the sequences have 11"),
+        ((q[:, :7], keys, values), "7 heads cannot share 2"),
+        ((q[:, :0], keys, values), "0 heads cannot share 2"),
+        ((q, keys, values, 0), "chunk_size is 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            attend(*arguments, **changes)
+            attend(*arguments)
 
 
 def test_no_tokens() -> None:

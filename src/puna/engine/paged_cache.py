@@ -62,7 +62,10 @@ class PagedKVCache:
 
 
 class PagedAttention:
-    """Attend over the paged cache; sequence i brings `counts[i]` new tokens after `starts[i]` cached ones."""
+    """Attend over the paged cache; sequence i brings `counts[i]` new tokens after `starts[i]` cached ones.
+
+    An object serves one step, over all layers. `use_compiled=False` gives the form in torch also on the CPU.
+    """
 
     def __init__(
         self,
@@ -70,6 +73,8 @@ class PagedAttention:
         block_tables: Sequence[Sequence[int]],
         starts: Sequence[int],
         counts: Sequence[int],
+        *,
+        use_compiled: bool = True,
     ) -> None:
         self.cache = cache
         self.block_tables = block_tables
@@ -77,7 +82,7 @@ class PagedAttention:
         self.counts = counts
         device = cache.keys[0].device
         self.slots = torch.tensor(self._slots(), device=device)
-        self._cpu = compiled() if device.type == "cpu" else None
+        self._cpu = compiled() if use_compiled and device.type == "cpu" else None
         self._batch = None if self._cpu is None else self._compiled_batch(self._cpu)
 
     def __call__(

@@ -143,8 +143,8 @@ class PagedBatch:
         for tensor in (starts, counts):
             if tensor.dtype != torch.int64 or tensor.ndim != 1:
                 raise ValueError(f"starts and counts are int64 (sequences,), got {tensor.dtype}")
-        tensors = [tensor.cpu().contiguous() for tensor in (block_tables, starts, counts)]
-        self.batch = _cpu.PagedBatch(*tensors, num_blocks, block_size)
+        tables, starts, counts = (tensor.cpu().contiguous() for tensor in (block_tables, starts, counts))
+        self.batch = _cpu.PagedBatch(tables, starts, counts, num_blocks, block_size)
         self.cache_shape = (num_blocks, block_size)
 
 
