@@ -14,6 +14,8 @@
 namespace puna {
 namespace {
 
+constexpr int64_t kWorthThreads = 1 << 17;  // multiplications below which starting threads costs more
+
 struct Freed {
   void operator()(float* p) const { std::free(p); }
 };
@@ -60,6 +62,7 @@ struct Plan {
   std::vector<int64_t> partials;  // of each unit
   std::vector<Split> splits;
   int64_t partial_floats = 0;
+  int64_t products = 0;
 };
 
 // How a sequence is cut depends on itself alone, so its result does not depend on its batch or the threads.
@@ -71,6 +74,7 @@ void cut_keys(const PagedAttentionJob& job, const AttentionUnit& whole, bool few
     step = std::max(kSplitKeys, (even + kKeyBlock - 1) / kKeyBlock * kKeyBlock);
   }
   const int64_t splits = (keys + step - 1) / step;
+  plan.products += keys * whole.count * job.kv_heads * job.group * job.head_dim;
   const int64_t each = up_to_16(job.partial_floats(whole.count)) * job.kv_heads;
   if (splits > 1) plan.splits.push_back({whole, splits, plan.partial_floats});
   for (int64_t i = 0; i < splits; ++i) {
@@ -118,19 +122,23 @@ void paged_attention(const PagedAttentionJob& job, const PagedSequences& sequenc
   const int64_t tasks = static_cast<int64_t>(plan.units.size()) * job.kv_heads;
   float* const memory = workspace(work * most_threads() + plan.partial_floats);
   float* const partials = memory + work * most_threads();
-#pragma omp parallel if (tasks > 1)
+#pragma omp parallel if (tasks > 1 && plan.products >= kWorthThreads)
   {
     float* const own = memory + work * this_thread();
     // The longest units come last in a sequence: begin with them.
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t task = tasks - 1; task >= 0; --task) {
       const AttentionUnit& unit = plan.units[static_cast<size_t>(task / job.kv_heads)];
       const int64_t head = task % job.kv_heads, at = plan.partials[static_cast<size_t>(task / job.kv_heads)];
       const int64_t each = up_to_16(job.partial_floats(unit.count));
       table.attend(job, unit, head, own, at < 0 ? nullptr : partials + at + head * each);
     }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < static_cast<int64_t>(plan.splits.size()) * job.kv_heads; ++task) {
+    const int64_t merges = static_cast<int64_t>(plan.splits.size()) * job.kv_heads;
+    if (merges > 0) {
+#pragma omp barrier
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < merges; ++task) {
       const Split& split = plan.splits[static_cast<size_t>(task / job.kv_heads)];
       const int64_t head = task % job.kv_heads;
       const int64_t each = up_to_16(job.partial_floats(split.whole.count));

@@ -143,11 +143,11 @@ class PagedAttention:
             first, last = runs[0]
             return causal_attention(q, keys[first:last], values[first:last], scale)
         slots = torch.cat([torch.arange(first, last, device=q.device) for first, last in runs])
-        rows = q.split(_QUERY_PIECE)  # type: ignore[no-untyped-call]
-        outs, seen = [], slots.shape[0] - q.shape[0]
-        for block in rows:
-            seen += block.shape[0]
-            outs.append(_attend_in_pieces(block, keys, values, slots[:seen], scale))
+        outs, before = [], slots.shape[0] - q.shape[0]
+        for row in range(0, q.shape[0], _QUERY_PIECE):
+            piece = q[row : row + _QUERY_PIECE]
+            seen = slots[: before + row + piece.shape[0]]
+            outs.append(_attend_in_pieces(piece, keys, values, seen, scale))
         return torch.cat(outs)
 
 
@@ -158,23 +158,24 @@ def _attend_in_pieces(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, sc
     """Attend from the last len(q) of the positions at `slots` to all of them, causally, in float32."""
     tokens, heads, head_dim = q.shape
     kv_heads, first = keys.shape[1], slots.shape[0] - tokens
-    rows = q.float().view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # (kv, group, tokens, head_dim)
-    maximum = rows.new_full((*rows.shape[:3], 1), -torch.inf)
+    # Heads that share a kv head are rows: (kv_heads, tokens * group, head_dim).
+    rows = q.float().view(tokens, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+    own = torch.arange(first, first + tokens, device=q.device).repeat_interleave(heads // kv_heads)[:, None]
+    maximum = rows.new_full((*rows.shape[:2], 1), -torch.inf)
     total, out = torch.zeros_like(maximum), torch.zeros_like(rows)
-    own = torch.arange(first, first + tokens, device=q.device)[:, None]
     for start in range(0, slots.shape[0], _KEY_PIECE):
         piece = slots[start : start + _KEY_PIECE]
-        k, v = (kept[piece].float().transpose(0, 1).unsqueeze(1) for kept in (keys, values))
-        scores = (rows @ k.transpose(2, 3)).mul_(scale)
+        k, v = (kept[piece].transpose(0, 1).float() for kept in (keys, values))
+        scores = (rows @ k.transpose(1, 2)).mul_(scale)
         if start + piece.shape[0] > first + 1:
-            scores.masked_fill_(
-                torch.arange(start, start + piece.shape[0], device=q.device) > own, -torch.inf
-            )
+            seen = torch.arange(start, start + piece.shape[0], device=q.device)
+            scores.masked_fill_(seen > own, -torch.inf)
         larger = torch.maximum(maximum, scores.amax(-1, keepdim=True))
         weights, shrink = scores.sub_(larger).exp_(), (maximum - larger).exp_()
         total = total * shrink + weights.sum(-1, keepdim=True)
         out, maximum = out * shrink + weights @ v, larger
-    return (out / total).permute(2, 0, 1, 3).reshape(tokens, heads, head_dim).to(q.dtype)
+    out = (out / total).view(kv_heads, tokens, -1, head_dim).transpose(0, 1)
+    return out.reshape(tokens, heads, head_dim).to(q.dtype)
 
 
 def _cut_at_chunks(first: int, end: int, chunk_size: int | None) -> list[tuple[int, int]]:
