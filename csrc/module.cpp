@@ -162,7 +162,8 @@ class PagedBatch {
               uintptr_t keys, uintptr_t values, int cache_dtype, int64_t kv_heads, int64_t cache_size,
               uintptr_t out, double scale, int64_t chunk_size) const {
     const Dtype type = require_dtype(dtype);
-    require(cache_dtype >= 0 && cache_dtype <= 3, "no kernel for cache dtype code " + std::to_string(cache_dtype));
+    require(cache_dtype >= 0 && cache_dtype <= 3,
+            "no kernel for cache dtype code " + std::to_string(cache_dtype));
     require(tokens == tokens_, std::to_string(tokens) + " tokens were given, the sequences have " +
                                    std::to_string(tokens_));
     require(head_dim >= 1 && head_dim <= 4096 && kv_heads >= 1 && kv_heads <= (1 << 16), "a huge head");

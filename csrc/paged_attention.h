@@ -1,8 +1,8 @@
 // Attention over the paged cache with an online softmax in float, for any instruction set and cache type.
 //
-// Keys come in blocks of 64, found through the block table. Few rows (one token of a group of heads): keys are
-// multiplied as they lie, memory sets the pace. More rows: a block of keys is widened and transposed once, and
-// multiplied like a matrix. Scores carry a factor of log2(e), so that only powers of 2 are needed.
+// Keys come in blocks of 64, found through the block table. Few rows (one token of a group of heads): keys
+// are multiplied as they lie, memory sets the pace. More rows: a block of keys is widened and transposed
+// once, and multiplied like a matrix. Scores carry a factor of log2(e), so that only powers of 2 are needed.
 // Include after quant_linear.h.
 #pragma once
 
@@ -64,7 +64,8 @@ PUNA_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b,
   });
   for (int64_t k = 0; k < depth; ++k) {
     F columns[wide];
-    static_for<wide>([&](auto w) PUNA_INLINE_LAMBDA { columns[w] = Simd::load_f(b + k * b_stride + w * 16); });
+    const float* row = b + k * b_stride;
+    static_for<wide>([&](auto w) PUNA_INLINE_LAMBDA { columns[w] = Simd::load_f(row + w * 16); });
     static_for<rows>([&](auto r) PUNA_INLINE_LAMBDA {
       const F x = Simd::fill_f(a[r * a_stride + k]);
       static_for<wide>([&](auto w) PUNA_INLINE_LAMBDA {
@@ -83,17 +84,33 @@ inline void multiply_columns(const float* a, int64_t a_stride, const float* b, i
   constexpr int most = Simd::kTileRows;
   int64_t r = 0;
   for (; r + most <= rows; r += most)
-    multiply_tile<most, wide, add>(a + r * a_stride, a_stride, b, b_stride, depth, c + r * c_stride, c_stride);
+    multiply_tile<most, wide, add>(a + r * a_stride, a_stride, b, b_stride, depth, c + r * c_stride,
+                                   c_stride);
   for (; r + 4 <= rows; r += 4)
     multiply_tile<4, wide, add>(a + r * a_stride, a_stride, b, b_stride, depth, c + r * c_stride, c_stride);
   for (; r < rows; ++r)
     multiply_tile<1, wide, add>(a + r * a_stride, a_stride, b, b_stride, depth, c + r * c_stride, c_stride);
 }
 
+// The same for 1 to 3 rows, with enough columns at a time to hide the latency of a multiplication.
+template <int rows, bool add>
+inline void multiply_thin(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                          int64_t columns, float* c, int64_t c_stride) {
+  constexpr int wide = rows == 1 ? 4 : 2;
+  int64_t n = 0;
+  for (; n + 16 * wide <= columns; n += 16 * wide)
+    multiply_tile<rows, wide, add>(a, a_stride, b + n, b_stride, depth, c + n, c_stride);
+  for (; n < columns; n += 16)
+    multiply_tile<rows, 1, add>(a, a_stride, b + n, b_stride, depth, c + n, c_stride);
+}
+
 // c = a @ b (+ c). a: (rows, depth), b: (depth, columns), columns a multiple of 16.
 template <bool add>
 inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                      int64_t depth, int64_t columns, float* c, int64_t c_stride) {
+  if (rows == 1) return multiply_thin<1, add>(a, a_stride, b, b_stride, depth, columns, c, c_stride);
+  if (rows == 2) return multiply_thin<2, add>(a, a_stride, b, b_stride, depth, columns, c, c_stride);
+  if (rows == 3) return multiply_thin<3, add>(a, a_stride, b, b_stride, depth, columns, c, c_stride);
   constexpr int wide = Simd::kTileColumns / 16;
   int64_t n = 0;
   for (; n + 16 * wide <= columns; n += 16 * wide)
@@ -143,8 +160,8 @@ inline void score_rows(const float* q, int64_t width, const uint8_t* const* keys
 }
 
 template <CacheType type>
-inline void score_few(const float* q, int64_t width, const uint8_t* const* keys, int64_t num_keys, int64_t rows,
-                      float* scores) {
+inline void score_few(const float* q, int64_t width, const uint8_t* const* keys, int64_t num_keys,
+                      int64_t rows, float* scores) {
   for (int64_t r = 0; r < rows; r += 4) {
     const float* some = q + r * width;
     float* out = scores + r * kKeyBlock;
@@ -157,8 +174,8 @@ inline void score_few(const float* q, int64_t width, const uint8_t* const* keys,
   }
 }
 
-// Turn the scores of one row into weights, of which the first `seen` count; take them into its running maximum
-// and sum, and scale its output to the new maximum.
+// Turn the scores of one row into weights, of which the first `seen` count; take them into its running
+// maximum and sum, and scale its output to the new maximum.
 inline void soften_row(float* scores, int64_t seen, int64_t num_keys, float* output, int64_t width,
                        float& maximum, float& total) {
   const int64_t padded = up_to_16(num_keys);
@@ -201,12 +218,14 @@ struct AttentionWork {
   }
 };
 
-inline void load_queries(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head, float* out) {
+inline void load_queries(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head,
+                         float* out) {
   const Dtype type = static_cast<Dtype>(job.q_type);
   const int64_t bytes = dtype_bytes(type), width = job.width();
   const F scale = Simd::fill_f(job.scale * 1.44269504f);
   for (int64_t r = 0; r < unit.count * job.group; ++r) {
-    const int64_t at = (unit.row + r / job.group) * job.q_stride + (kv_head * job.group + r % job.group) * job.head_dim;
+    const int64_t token = unit.row + r / job.group, head = kv_head * job.group + r % job.group;
+    const int64_t at = token * job.q_stride + head * job.head_dim;
     const uint8_t* row = static_cast<const uint8_t*>(job.q) + at * bytes;
     float* wide = out + r * width;
     if (type == Dtype::f32) widen_row<CacheType::f32>(row, job.head_dim, wide);
@@ -273,7 +292,7 @@ inline void score_block(const PagedAttentionJob& job, const AttentionWork& work,
   multiply<false>(q, width, work.transposed, kKeyBlock, rows - first, width, padded, scores, kKeyBlock);
 }
 
-// Attend from the unit's tokens, for one kv head; write to the job's output, or to `partial` if that is given.
+// Attend from the unit's tokens, for one kv head; write to the job's output, or to `partial` if it is given.
 template <CacheType type>
 inline void attend_as(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head, float* memory,
                       float* partial) {
@@ -287,7 +306,9 @@ inline void attend_as(const PagedAttentionJob& job, const AttentionUnit& unit, i
     work.totals[r] = 0.0f;
   }
   int64_t offsets[2][kKeyBlock];
-  const auto size_of = [&](int64_t begin) { return unit.end - begin < kKeyBlock ? unit.end - begin : kKeyBlock; };
+  const auto size_of = [&](int64_t begin) {
+    return unit.end - begin < kKeyBlock ? unit.end - begin : kKeyBlock;
+  };
   locate(job, unit, kv_head, unit.begin, size_of(unit.begin), offsets[0]);
   for (int64_t begin = unit.begin, which = 0; begin < unit.end; begin += kKeyBlock, which ^= 1) {
     const int64_t num_keys = size_of(begin), next = size_of(begin + kKeyBlock);
@@ -309,8 +330,8 @@ inline void attend_as(const PagedAttentionJob& job, const AttentionUnit& unit, i
       widen_row<type>(job.values + offsets[which][j], job.head_dim, work.block + j * width);
       if (j < next) prefetch_row(job.keys + offsets[which ^ 1][j], row_bytes);
     }
-    multiply<true>(work.scores + unseeing * kKeyBlock, kKeyBlock, work.block, width, rows - unseeing, num_keys,
-                   width, work.output + unseeing * width, width);
+    multiply<true>(work.scores + unseeing * kKeyBlock, kKeyBlock, work.block, width, rows - unseeing,
+                   num_keys, width, work.output + unseeing * width, width);
   }
   if (partial == nullptr) {
     for (int64_t r = 0; r < rows; ++r)
@@ -348,8 +369,10 @@ void merge_splits(const PagedAttentionJob& job, const AttentionUnit& unit, int64
     }
     for (int64_t c = 0; c < width; c += 16) {
       F merged = Simd::zero_f();
-      for (int64_t i = 0; i < splits; ++i)
-        merged = Simd::mul_add(Simd::load_f(partials + i * stride + r * width + c), Simd::fill_f(shares[i]), merged);
+      for (int64_t i = 0; i < splits; ++i) {
+        const F part = Simd::load_f(partials + i * stride + r * width + c);
+        merged = Simd::mul_add(part, Simd::fill_f(shares[i]), merged);
+      }
       Simd::store_f(partials + r * width + c, merged);
     }
     store_output(job, unit, kv_head, r, partials + r * width, total);

@@ -99,12 +99,8 @@ Plan make_plan(const PagedAttentionJob& job, const PagedSequences& sequences, in
         begin = position / chunk_size * chunk_size;
         last = std::min(last, begin + chunk_size);
       }
-      const AttentionUnit whole{sequences.block_tables.data() + static_cast<int64_t>(i) * sequences.table_width,
-                                row,
-                                position,
-                                last - position,
-                                begin,
-                                last};
+      const int32_t* table = sequences.block_tables.data() + static_cast<int64_t>(i) * sequences.table_width;
+      const AttentionUnit whole{table, row, position, last - position, begin, last};
       cut_keys(job, whole, sequences.counts[i] <= kSplitTokens, plan);
       row += last - position;
       position = last;

@@ -187,8 +187,8 @@ struct Simd {
   }
   static F times_power_of_2(F f, F n) { return {add_exponent(f.a, n.a), add_exponent(f.b, n.b)}; }
   static void sum_4(F w, F x, F y, F z, float* out) {
-    sum_4x8(_mm256_add_ps(w.a, w.b), _mm256_add_ps(x.a, x.b), _mm256_add_ps(y.a, y.b), _mm256_add_ps(z.a, z.b),
-            out);
+    sum_4x8(_mm256_add_ps(w.a, w.b), _mm256_add_ps(x.a, x.b), _mm256_add_ps(y.a, y.b),
+            _mm256_add_ps(z.a, z.b), out);
   }
   static void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
     transpose_16x16(in, in_stride, out, out_stride);
