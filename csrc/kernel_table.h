@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "block_formats.h"
+#include "paged_attention_job.h"
 
 namespace puna {
 
@@ -67,6 +68,13 @@ struct KernelTable {
                      const DenseInput& out);
   // Multiply with the rows [begin, end) of the weight; begin is a multiple of 16.
   void (*dense_linear)(const DenseLinearJob& job, int64_t begin, int64_t end);
+  // Attend from the tokens of a unit with the heads of one kv head, in `memory` (job.work_floats()). Where
+  // `partial` (job.partial_floats(unit.count)) is given, the result goes there and not to the output.
+  void (*attend)(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head, float* memory,
+                 float* partial);
+  // Merge partial results for disjoint keys, `stride` floats apart, and write the output.
+  void (*merge_splits)(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head,
+                       float* partials, int64_t splits, int64_t stride);
 };
 
 extern const KernelTable kPortableKernels;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dense_linear.h"
+#include "paged_attention.h"
 #include "quant_linear.h"
 
 namespace puna {
@@ -13,6 +14,8 @@ constexpr KernelTable make_table(const char* name) {
   table.name = name;
   table.group_size = group_size;
   table.quantize = quantize;
+  table.attend = attend;
+  table.merge_splits = merge_splits;
   table.dense_pack = dense_pack;
   table.dense_linear = dense_linear;
   table.quant_linear[kQ4_0] = quant_linear<Q4_0>;

@@ -13,6 +13,7 @@
 
 #include "cpu_features.h"
 #include "dense_linear_driver.h"
+#include "paged_attention_driver.h"
 #include "quant_linear_driver.h"
 #include "tiles.h"
 
@@ -152,6 +153,80 @@ void linear_dense(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64
   dense_linear(input, type, tokens, columns, stride, weight_type, matrices, addresses);
 }
 
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// The sequences of one step and where their blocks are, checked once for all layers. It keeps copies.
+class PagedBatch {
+ public:
+  PagedBatch(Table block_tables, Indices starts, Indices counts, int64_t num_blocks, int64_t block_size)
+      : num_blocks_(num_blocks), block_size_(block_size) {
+    const size_t rows = block_tables.shape(0), width = block_tables.shape(1);
+    require(num_blocks > 0 && block_size > 0 && num_blocks < (int64_t{1} << 31) &&
+                block_size < (int64_t{1} << 31),
+            "an empty or huge cache");
+    require(starts.shape(0) == rows && counts.shape(0) == rows,
+            "one start and one count are needed for each block table");
+    for (size_t i = 0; i < rows; ++i) {
+      const int64_t start = starts.data()[i], count = counts.data()[i];
+      const int64_t held = static_cast<int64_t>(width) * block_size;
+      require(start >= 0 && count >= 1 && start <= held && count <= held - start,
+              "a sequence of " + std::to_string(start) + " + " + std::to_string(count) +
+                  " tokens does not fit its block table of " + std::to_string(held));
+      const int32_t* table = block_tables.data() + i * width;
+      for (int64_t entry = 0; entry * block_size < start + count; ++entry)
+        require(table[entry] >= 0 && table[entry] < num_blocks,
+                "no block " + std::to_string(table[entry]));
+      tokens_ += count;
+    }
+    sequences_.block_tables.assign(block_tables.data(), block_tables.data() + rows * width);
+    sequences_.table_width = static_cast<int64_t>(width);
+    sequences_.starts.assign(starts.data(), starts.data() + rows);
+    sequences_.counts.assign(counts.data(), counts.data() + rows);
+  }
+
+  // cpu.py vouches for the dtypes and the layout of what the addresses point at, sizes are checked here.
+  // q: (tokens, heads, head_dim), tokens `q_stride` elements apart; out the same without gaps. keys, values:
+  // (num_blocks, block_size, kv_heads, head_dim).
+  void attend(uintptr_t q, int dtype, int64_t tokens, int64_t heads, int64_t head_dim, int64_t q_stride,
+              uintptr_t keys, uintptr_t values, int cache_dtype, int64_t kv_heads, int64_t cache_size,
+              uintptr_t out, double scale, int64_t chunk_size) const {
+    const Dtype type = require_dtype(dtype);
+    require(cache_dtype >= 0 && cache_dtype <= 3,
+            "no kernel for cache dtype code " + std::to_string(cache_dtype));
+    require(tokens == tokens_, std::to_string(tokens) + " tokens were given, the sequences have " +
+                                   std::to_string(tokens_));
+    require(head_dim >= 1 && head_dim <= 4096 && kv_heads >= 1 && kv_heads <= (1 << 16), "a huge head");
+    require(heads >= kv_heads && heads <= (1 << 16) && heads % kv_heads == 0,
+            std::to_string(heads) + " heads cannot share " + std::to_string(kv_heads) + " kv heads");
+    require(tokens <= 1 || q_stride >= heads * head_dim, "rows overlap");
+    require(cache_size / head_dim / kv_heads / block_size_ == num_blocks_ &&
+                cache_size % (head_dim * kv_heads * block_size_) == 0,
+            "the cache has another size than num_blocks * block_size * kv_heads * head_dim");
+    require(chunk_size >= 0, "chunk_size is negative");
+    if (tokens == 0) return;
+    const CacheType kind = static_cast<CacheType>(cache_dtype);
+    PagedAttentionJob job{};
+    job.q = require_address(q, dtype_bytes(type));
+    job.q_type = dtype;
+    job.q_stride = q_stride;
+    job.out = const_cast<void*>(require_address(out, dtype_bytes(type)));
+    job.keys = static_cast<const uint8_t*>(require_address(keys, cache_bytes(kind)));
+    job.values = static_cast<const uint8_t*>(require_address(values, cache_bytes(kind)));
+    job.cache_type = kind;
+    job.block_size = block_size_;
+    job.kv_heads = kv_heads;
+    job.group = heads / kv_heads;
+    job.head_dim = head_dim;
+    job.scale = static_cast<float>(scale);
+    nb::gil_scoped_release released;
+    paged_attention(job, sequences_, chunk_size);
+  }
+
+ private:
+  int64_t num_blocks_, block_size_, tokens_ = 0;
+  PagedSequences sequences_;
+};
+
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
@@ -184,4 +259,10 @@ NB_MODULE(_cpu, m) {
         "out_sizes"_a);
   m.def("dense_linear", &linear_dense, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a,
         "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a);
+  nb::class_<PagedBatch>(m, "PagedBatch")
+      .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a, "starts"_a, "counts"_a,
+           "num_blocks"_a, "block_size"_a)
+      .def("attend", &PagedBatch::attend, "q"_a, "dtype"_a, "tokens"_a, "heads"_a, "head_dim"_a, "q_stride"_a,
+           "keys"_a, "values"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
+           "chunk_size"_a);
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "avx_pieces.h"
 #include "transpose_avx2.h"
 
 namespace puna {
@@ -17,6 +18,7 @@ namespace {
 struct Simd {
   static constexpr int kTokens = 4;
   static constexpr int kDenseGroup = 6;
+  static constexpr int kTileRows = 6, kTileColumns = 16;  // of products of float matrices
   struct W {
     __m256i a, b;
   };
@@ -181,7 +183,30 @@ struct Simd {
     return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 16 * 128;
   }
 
+  static F load_e4m3(const void* p) {
+    const __m256i half = e4m3_to_half(p);
+    const __m256 up = _mm256_set1_ps(256.0f);
+    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), up),
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), up)};
+  }
+  static F round_f(F f) {
+    return {_mm256_round_ps(f.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(f.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  static F times_power_of_2(F f, F n) { return {add_exponent(f.a, n.a), add_exponent(f.b, n.b)}; }
+  static void sum_4(F w, F x, F y, F z, float* out) {
+    sum_4x8(_mm256_add_ps(w.a, w.b), _mm256_add_ps(x.a, x.b), _mm256_add_ps(y.a, y.b),
+            _mm256_add_ps(z.a, z.b), out);
+  }
+  static void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+    transpose_16x16(in, in_stride, out, out_stride);
+  }
+
  private:
+  static __m256 add_exponent(__m256 f, __m256 n) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(f), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  }
   static __m256 widen_bfloat(__m128i h) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "avx_pieces.h"
 #include "transpose_avx2.h"
 
 namespace puna {
@@ -21,6 +22,7 @@ namespace {
 struct Simd {
   static constexpr int kTokens = 8;
   static constexpr int kDenseGroup = 12;
+  static constexpr int kTileRows = 8, kTileColumns = 32;  // of products of float matrices
   static constexpr bool kSignedAsOffset = true;
   using W = __m512i;
   using F = __m512;
@@ -131,6 +133,22 @@ struct Simd {
     const __m128i s =
         _mm_sad_epu8(_mm_xor_si128(b, _mm_set1_epi8(static_cast<char>(0x80))), _mm_setzero_si128());
     return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 16 * 128;
+  }
+
+  static F load_e4m3(const void* p) {
+    return _mm512_mul_ps(_mm512_cvtph_ps(e4m3_to_half(p)), _mm512_set1_ps(256.0f));
+  }
+  static F round_f(F f) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(f)); }
+  static F times_power_of_2(F f, F n) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(f), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+  }
+  static void sum_4(F w, F x, F y, F z, float* out) {
+    sum_4x8(_mm256_add_ps(low_half(w), high_half(w)), _mm256_add_ps(low_half(x), high_half(x)),
+            _mm256_add_ps(low_half(y), high_half(y)), _mm256_add_ps(low_half(z), high_half(z)), out);
+  }
+  static void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+    transpose_16x16(in, in_stride, out, out_stride);
   }
 
  private:

@@ -21,6 +21,7 @@ namespace {
 struct Simd {
   static constexpr int kTokens = 4;
   static constexpr int kDenseGroup = 4;
+  static constexpr int kTileRows = 4, kTileColumns = 16;  // of products of float matrices
   static constexpr bool kSignedAsOffset = false;
   struct W {
     uint8_t v[64];
@@ -228,6 +229,38 @@ struct Simd {
     int s = 0;
     for (uint8_t x : b.v) s += static_cast<int8_t>(x);
     return s;
+  }
+
+  // float8_e4m3fn: its bits are those of a float16 of 1/256 the size, but that all of them mean NaN.
+  PUNA_OUTLINE F load_e4m3(const void* p) {
+    F r;
+    uint8_t b[16];
+    std::memcpy(b, p, 16);
+    for (int n = 0; n < 16; ++n) {
+      const uint32_t sign = (b[n] & 0x80u) << 8, size = b[n] & 0x7fu;
+      r.v[n] = 256.0f * half_to_float(static_cast<uint16_t>(sign | (size == 0x7f ? 0x7e00 : size << 7)));
+    }
+    return r;
+  }
+  PUNA_OUTLINE F round_f(F f) {
+    for (float& x : f.v) x = std::nearbyint(x);
+    return f;
+  }
+  // f * 2^n for whole n >= -125 and f in [1/2, 2); NaN stays.
+  PUNA_OUTLINE F times_power_of_2(F f, F n) {
+    for (int i = 0; i < 16; ++i) f.v[i] = f.v[i] * std::exp2(n.v[i]);
+    return f;
+  }
+  PUNA_OUTLINE void sum_4(F a, F b, F c, F d, float* out) {
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
+  }
+  // out[c * out_stride + r] = in[r * in_stride + c] for 16 rows and columns.
+  PUNA_OUTLINE void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+    for (int r = 0; r < 16; ++r)
+      for (int c = 0; c < 16; ++c) out[c * out_stride + r] = in[r * in_stride + c];
   }
 };
 

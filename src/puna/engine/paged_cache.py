@@ -1,18 +1,21 @@
 """The paged key/value cache, and attention over it.
 
 Keys and values of all sequences lie in one tensor per layer, cut into blocks; a block table says where each
-sequence's tokens are. Blocks that follow each other are read in place as one piece; pieces are merged by
-their log-sum-exp, so nothing is copied together for decoding, and no score matrix is whole.
+sequence's tokens are. On the CPU the compiled kernel reads the blocks where they lie. Elsewhere a sequence in
+one run is read in place, and one in pieces a few thousand positions at a time with an online softmax: neither
+the cache nor a score matrix is ever put together as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from puna.kernels import compiled
 from puna.model.attention import causal_attention
 from puna.model.config import LlamaConfig
 
@@ -44,6 +47,11 @@ class PagedKVCache:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v (tokens, num_kv_heads, head_dim) into `slots` (tokens,): block * block_size + offset."""
         for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
+            limit = torch.finfo(kept.dtype).max
+            if (
+                limit < torch.finfo(new.dtype).max
+            ):  # the conversion would make NaN or infinity of large values
+                new = new.clamp(-limit, limit)
             kept.view(-1, *kept.shape[2:])[slots] = new.to(kept.dtype)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -54,7 +62,10 @@ class PagedKVCache:
 
 
 class PagedAttention:
-    """Attend over the paged cache; sequence i brings `counts[i]` new tokens after `starts[i]` cached ones."""
+    """Attend over the paged cache; sequence i brings `counts[i]` new tokens after `starts[i]` cached ones.
+
+    An object serves one step, over all layers. `use_compiled=False` gives the form in torch also on the CPU.
+    """
 
     def __init__(
         self,
@@ -63,6 +74,8 @@ class PagedAttention:
         starts: Sequence[int],
         counts: Sequence[int],
         prompt_lengths: Sequence[int] | None = None,
+        *,
+        use_compiled: bool = True,
     ) -> None:
         self.cache = cache
         self.prompt_lengths = prompt_lengths
@@ -71,12 +84,20 @@ class PagedAttention:
         self.counts = counts
         device = cache.keys[0].device
         self.slots = torch.tensor(self._slots(), device=device)
+        self._cpu = compiled() if use_compiled and device.type == "cpu" else None
+        self._batch = None if self._cpu is None else self._compiled_batch(self._cpu)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, chunk_size: int | None
     ) -> Tensor:
         """See `puna.model.Attention`."""
         self.cache.write(layer, self.slots, k, v)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self._cpu is not None and self._cpu.can_attend(q.dtype, keys):
+            kernel: Tensor = self._cpu.paged_attention(
+                q, keys, values, self._batch, scale=scale, chunk_size=chunk_size
+            )
+            return kernel
         out = torch.empty_like(q)
         row = 0
         for table, start, count in zip(self.block_tables, self.starts, self.counts, strict=True):
@@ -107,26 +128,63 @@ class PagedAttention:
             for position in range(start, start + count)
         ]
 
+    def _compiled_batch(self, cpu: ModuleType) -> object:
+        """Make what the kernel asks of a step, for all layers: one tensor holds all block tables."""
+        keys, size = self.cache.keys[0], self.cache.block_size
+        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        tables = torch.zeros(len(ends), -(-max(ends, default=0) // size), dtype=torch.int32)
+        for row, table, end in zip(tables, self.block_tables, ends, strict=True):
+            needed = -(-end // size)
+            row[:needed] = torch.tensor(table[:needed], dtype=torch.int32)
+        starts, counts = torch.tensor(self.starts), torch.tensor(self.counts)
+        batch: object = cpu.PagedBatch(tables, starts, counts, num_blocks=keys.shape[0], block_size=size)
+        return batch
+
     def _attend(
         self, q: Tensor, layer: int, table: Sequence[int], begin: int, end: int, scale: float
     ) -> Tensor:
         """Attend from the last len(q) of the positions [begin, end) to all of them, causally."""
-        pieces = [
-            (self.cache.keys[layer], self.cache.values[layer], first, last)
-            for first, last in _pieces(table, begin, end, self.cache.block_size)
-        ]
-        flat = [
-            (keys.view(-1, *keys.shape[2:])[first:last], values.view(-1, *values.shape[2:])[first:last])
-            for keys, values, first, last in pieces
-        ]
-        if flat[0][0].dtype != q.dtype:  # an 8-bit cache is widened piece by piece
-            flat = [(keys.to(q.dtype), values.to(q.dtype)) for keys, values in flat]
-        if len(flat) == 1:
-            return causal_attention(q, *flat[0], scale)
-        if q.shape[0] == 1 and q.device.type == "cpu":
-            return _merge([_decode_piece(q, keys, values, scale) for keys, values in flat]).to(q.dtype)
-        keys, values = (torch.cat(parts) for parts in zip(*flat, strict=True))
-        return causal_attention(q, keys, values, scale)
+        keys, values = (
+            kept.view(-1, *kept.shape[2:]) for kept in (self.cache.keys[layer], self.cache.values[layer])
+        )
+        runs = _runs(table, begin, end, self.cache.block_size)
+        if len(runs) == 1 and keys.dtype == q.dtype:
+            first, last = runs[0]
+            return causal_attention(q, keys[first:last], values[first:last], scale)
+        slots = torch.cat([torch.arange(first, last, device=q.device) for first, last in runs])
+        outs, before = [], slots.shape[0] - q.shape[0]
+        for row in range(0, q.shape[0], _QUERY_PIECE):
+            piece = q[row : row + _QUERY_PIECE]
+            seen = slots[: before + row + piece.shape[0]]
+            outs.append(_attend_in_pieces(piece, keys, values, seen, scale))
+        return torch.cat(outs)
+
+
+_QUERY_PIECE, _KEY_PIECE = 128, 2048  # bound the scores and what is widened at a time
+
+
+def _attend_in_pieces(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """Attend from the last len(q) of the positions at `slots` to all of them, causally, in float32."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, first = keys.shape[1], slots.shape[0] - tokens
+    # Heads that share a kv head are rows: (kv_heads, tokens * group, head_dim).
+    rows = q.float().view(tokens, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+    own = torch.arange(first, first + tokens, device=q.device).repeat_interleave(heads // kv_heads)[:, None]
+    maximum = rows.new_full((*rows.shape[:2], 1), -torch.inf)
+    total, out = torch.zeros_like(maximum), torch.zeros_like(rows)
+    for start in range(0, slots.shape[0], _KEY_PIECE):
+        piece = slots[start : start + _KEY_PIECE]
+        k, v = (kept[piece].transpose(0, 1).float() for kept in (keys, values))
+        scores = (rows @ k.transpose(1, 2)).mul_(scale)
+        if start + piece.shape[0] > first + 1:
+            seen = torch.arange(start, start + piece.shape[0], device=q.device)
+            scores.masked_fill_(seen > own, -torch.inf)
+        larger = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+        weights, shrink = scores.sub_(larger).exp_(), (maximum - larger).exp_()
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        out, maximum = out * shrink + weights @ v, larger
+    out = (out / total).view(kv_heads, tokens, -1, head_dim).transpose(0, 1)
+    return out.reshape(tokens, heads, head_dim).to(q.dtype)
 
 
 def _cut_at_chunks(first: int, end: int, chunk_size: int | None) -> list[tuple[int, int]]:
@@ -137,7 +195,7 @@ def _cut_at_chunks(first: int, end: int, chunk_size: int | None) -> list[tuple[i
     return list(pairwise([first, *borders, end]))
 
 
-def _pieces(table: Sequence[int], begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
+def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
     """Return the slots of the positions [begin, end) as few runs (first, last + 1)."""
     runs: list[tuple[int, int]] = []
     position = begin
@@ -151,20 +209,3 @@ def _pieces(table: Sequence[int], begin: int, end: int, block_size: int) -> list
             runs.append((first, first + size))
         position += size
     return runs
-
-
-def _decode_piece(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend with one query to one run; return (num_heads, head_dim) and log-sum-exp (num_heads,)."""
-    kv_heads = k.shape[1]
-    rows = q.view(1, kv_heads, -1, q.shape[2])  # heads that share a kv head are rows
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), scale=scale
-    )
-    return out.reshape(-1, q.shape[2]), lse.reshape(-1)
-
-
-def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Combine attention over disjoint keys, each weighted by its share of the softmax."""
-    outs = torch.stack([out.float() for out, _ in parts])
-    weights = torch.stack([lse.float() for _, lse in parts]).softmax(dim=0)
-    return (outs * weights.unsqueeze(-1)).sum(dim=0).unsqueeze(0)

@@ -33,3 +33,25 @@ def dense_linear(
     outs: Sequence[int],
     out_sizes: Sequence[int],
 ) -> None: ...
+
+class PagedBatch:
+    def __init__(
+        self, block_tables: Tensor, starts: Tensor, counts: Tensor, num_blocks: int, block_size: int
+    ) -> None: ...
+    def attend(
+        self,
+        q: int,
+        dtype: int,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        q_stride: int,
+        keys: int,
+        values: int,
+        cache_dtype: int,
+        kv_heads: int,
+        cache_size: int,
+        out: int,
+        scale: float,
+        chunk_size: int,
+    ) -> None: ...

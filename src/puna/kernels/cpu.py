@@ -17,6 +17,7 @@ from puna.errors import ConfigError
 TILE_ROWS = 16
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_CACHE_CODES = _DTYPE_CODES | {torch.float8_e4m3fn: 3}
 
 # ggml's ids of the block types that the kernels know: (values in a block, bytes of a block).
 _BLOCKS = {
@@ -169,3 +170,77 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
     if flat.stride(1) != 1 or (tokens > 1 and flat.stride(0) < columns):
         flat = flat.contiguous()
     return flat, code, flat.stride(0) if tokens > 1 else columns
+
+
+class PagedBatch:
+    """The sequences of one step, over all layers: where their blocks are and which tokens are new.
+
+    block_tables: int32 (sequences, blocks), of which the entries that the tokens need are read; starts,
+    counts: int64 (sequences,). Raises ValueError for a block that the cache does not have, or too few.
+    """
+
+    def __init__(
+        self, block_tables: Tensor, starts: Tensor, counts: Tensor, *, num_blocks: int, block_size: int
+    ) -> None:
+        if block_tables.dtype != torch.int32 or block_tables.ndim != 2:
+            raise ValueError(
+                f"block tables are int32 (sequences, blocks), got {block_tables.dtype} "
+                f"{tuple(block_tables.shape)}"
+            )
+        for tensor in (starts, counts):
+            if tensor.dtype != torch.int64 or tensor.ndim != 1:
+                raise ValueError(f"starts and counts are int64 (sequences,), got {tensor.dtype}")
+        tables, starts, counts = (tensor.cpu().contiguous() for tensor in (block_tables, starts, counts))
+        self.batch = _cpu.PagedBatch(tables, starts, counts, num_blocks, block_size)
+        self.cache_shape = (num_blocks, block_size)
+
+
+def can_attend(q_dtype: torch.dtype, cache: Tensor) -> bool:
+    """Say whether `paged_attention` takes queries of this dtype over this cache."""
+    return cache.device.type == "cpu" and q_dtype in _DTYPE_CODES and cache.dtype in _CACHE_CODES
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, *, scale: float, chunk_size: int | None = None
+) -> Tensor:
+    """Attend causally from the new tokens of each sequence to all of it; sums are in float32.
+
+    q: (tokens, heads, head_dim), the sequences one after another; keys, values: (num_blocks, block_size,
+    kv_heads, head_dim), contiguous, the new tokens' included. With `chunk_size`, position p sees only
+    positions from p // chunk_size * chunk_size on. Returns the shape and dtype of q. Raises ValueError for
+    anything else. Beside the output, it takes at most a hundredth of the memory of the cache that it reads.
+    """
+    if not can_attend(q.dtype, keys) or q.device.type != "cpu":
+        raise ValueError(f"no kernel for {q.dtype} on {q.device} over {keys.dtype} on {keys.device}")
+    if values.dtype != keys.dtype or values.shape != keys.shape or values.device != keys.device:
+        raise ValueError("keys and values differ in dtype, shape or device")
+    if not keys.is_contiguous() or not values.is_contiguous():
+        raise ValueError("the cache is not contiguous")
+    if q.ndim != 3 or keys.ndim != 4 or keys.shape[:2] != batch.cache_shape or keys.shape[3] != q.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and the cache {tuple(keys.shape)} do not fit: the block tables are for "
+            f"(num_blocks, block_size) = {tuple(batch.cache_shape)}"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}")
+    tokens, heads, head_dim = q.shape
+    if q.stride(2) != 1 or q.stride(1) != head_dim or (tokens > 1 and q.stride(0) < heads * head_dim):
+        q = q.contiguous()
+    out = q.new_empty((tokens, heads, head_dim))
+    batch.batch.attend(
+        q.data_ptr(),
+        _DTYPE_CODES[q.dtype],
+        tokens,
+        heads,
+        head_dim,
+        q.stride(0),
+        keys.data_ptr(),
+        values.data_ptr(),
+        _CACHE_CODES[keys.dtype],
+        keys.shape[2],
+        keys.numel(),
+        out.data_ptr(),
+        scale,
+        chunk_size or 0,
+    )
+    return out
