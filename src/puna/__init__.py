@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from puna.engine.sampling import SamplingParams as SamplingParams
     from puna.engine.sampling import StructuredOutputsParams as StructuredOutputsParams
     from puna.llm import LLM as LLM
+    from puna.model.lora_config import LoraConfig as LoraConfig
     from puna.outputs import CompletionOutput as CompletionOutput
     from puna.outputs import RequestOutput as RequestOutput
+    from puna.peft_model import PeftModel as PeftModel
+    from puna.peft_model import get_peft_model as get_peft_model
 
 __version__ = "0.1.0"
 
@@ -28,9 +31,12 @@ _PUBLIC = {
     "BeamSearchParams": "puna.engine.sampling",
     "CompletionOutput": "puna.outputs",
     "LLM": "puna.llm",
+    "LoraConfig": "puna.model.lora_config",
+    "PeftModel": "puna.peft_model",
     "RequestOutput": "puna.outputs",
     "SamplingParams": "puna.engine.sampling",
     "StructuredOutputsParams": "puna.engine.sampling",
+    "get_peft_model": "puna.peft_model",
 }
 
 __all__ = [
@@ -40,10 +46,13 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "LLM",
+    "LoraConfig",
+    "PeftModel",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
     "__version__",
+    "get_peft_model",
 ]
 
 
