@@ -58,6 +58,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa", "r": 4},
     "pissa niter": {"init_lora_weights": "pissa_niter_4", "r": 4},
     "olora": {"init_lora_weights": "olora", "r": 4},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "init False": {"init_lora_weights": False},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "head": {"target_modules": ["lm_head", "v_proj"]},
@@ -228,11 +229,16 @@ def test_dropout_draws_like_peft() -> None:
         {"modules_to_save": ["lm_head"]},
     ],
 )
-def test_tied_embeddings(settings: dict[str, Any]) -> None:
+def test_tied_embeddings(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs, ours = pair(hf_llama(tie_word_embeddings=True), settings)
     stir(theirs, ours)
     adapted = logits(ours)
     torch.testing.assert_close(adapted, logits(theirs), atol=1e-5, rtol=1e-5)
+    same_files(theirs, ours, tmp_path)
+    base = CausalLM(puna_twin(hf_llama(tie_word_embeddings=True)))
+    read = PeftModel.from_pretrained(base, tmp_path / "theirs")
+    torch.testing.assert_close(logits(read), adapted, atol=1e-5, rtol=1e-5)
+    assert read.unload().llama.lm_head is None
     merged = ours.merge_and_unload()
     torch.testing.assert_close(logits(merged), adapted, atol=2e-5, rtol=1e-4)
     assert merged.llama.config.tie_word_embeddings == (merged.llama.lm_head is None)
@@ -306,6 +312,22 @@ def test_several_adapters(ours: PeftModel, tmp_path: Path) -> None:
     ours.delete_adapter("second")
     assert ours.active_adapters == ["default"]
     assert torch.equal(logits(ours), first)
+
+
+def test_loaded_adapters_train_only_when_told(ours: PeftModel, tmp_path: Path) -> None:
+    """As in PEFT: frozen and in evaluation mode after loading, trained once they are set active."""
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(hf_llama(), tmp_path, is_trainable=True)
+    read = PeftModel.from_pretrained(CausalLM(puna_twin(hf_llama())), tmp_path, is_trainable=True)
+    for model in (read, theirs):
+        assert len(trained(model)) == 8
+        model.train()
+        model.load_adapter(tmp_path, "x")
+        assert not model.training and not any(".x." in name for name in trained(model))
+        model.set_adapter("x", inference_mode=True)
+        assert not trained(model)
+        model.set_adapter("x")
+        assert len(trained(model)) == 8 and all(".x." in name for name in trained(model))
 
 
 def test_disabled_adapters_keep_what_was_trainable(ours: PeftModel) -> None:
@@ -415,9 +437,34 @@ def test_bad_configs(values: dict[str, Any], error: type[Exception], text: str) 
         LoraConfig.from_dict(values)
 
 
-def test_targets_that_match_nothing(ours: PeftModel) -> None:
-    with pytest.raises(ParameterError, match="zebra"):
-        get_peft_model(puna_twin(hf_llama()), LoraConfig(target_modules=["zebra"]))
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"target_modules": ["zebra"]}, ParameterError, "zebra"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["zebra"]}, ParameterError, "zebra"),
+        ({"target_modules": ["q_proj", "mlp"]}, UnsupportedError, "mlp"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [-1]}, ParameterError, "-1"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, ParameterError, "even rank"),
+        ({"init_lora_weights": "eva"}, UnsupportedError, "eva"),
+        ({"init_lora_weights": "mica"}, UnsupportedError, "mica"),
+    ],
+)
+def test_a_refused_adapter_leaves_nothing_behind(
+    settings: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    network = puna_twin(hf_llama(tie_word_embeddings=True))
+    before = list(network.state_dict())
+    with pytest.raises(error, match=text):
+        get_peft_model(network, LoraConfig(**settings))
+    assert list(network.state_dict()) == before and network.lm_head is None
+    get_peft_model(network, LoraConfig())
+
+
+def test_how_an_adapter_began_does_not_keep_it_from_being_read(saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "eva"}))
+    read = PeftModel.from_pretrained(puna_twin(hf_llama()), saved)
+    assert read.peft_config["default"].init_lora_weights == "eva"
 
 
 @pytest.fixture
@@ -435,6 +482,18 @@ def test_files_that_do_not_fit(saved: Path) -> None:
     assert not any("lora" in key for key in model.state_dict())
     with pytest.raises(ModelNotFoundError, match="adapter_config"):
         PeftModel.from_pretrained(model, saved / "nowhere")
+
+
+def test_a_file_cannot_change_other_weights(saved: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = saved / "adapter_model.safetensors"
+    network = puna_twin(hf_llama())
+    before = network.model.norm.weight.clone()
+    save_file(load_file(path) | {"base_model.model.model.norm.weight": torch.zeros(64)}, path)
+    with pytest.raises(CheckpointError, match="unexpected: model.norm.weight"):
+        PeftModel.from_pretrained(network, saved)
+    assert torch.equal(network.model.norm.weight, before)
 
 
 def test_names_of_other_tools_are_read(saved: Path) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from puna.auto_generation import GenerationConfig, Streamer, eos_ids, make_plan, resolve, run
 from puna.errors import ParameterError, UnsupportedError
 from puna.model import Llama, LlamaConfig, PackedAttention
-from puna.weights.quant import QuantEmbedding, QuantExperts, QuantLinear
+from puna.weights.packed_size import num_packed
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class CausalLM:
         """Count parameters, tied ones once; quantised weights count by their values."""
         if only_trainable:
             return sum(p.numel() for p in self.llama.parameters() if p.requires_grad)
-        return self.llama.num_parameters() + sum(_num_packed(module) for module in self.llama.modules())
+        return self.llama.num_parameters() + sum(num_packed(module) for module in self.llama.modules())
 
     def get_memory_footprint(self) -> int:
         """Return the bytes of all weights."""
@@ -351,12 +351,3 @@ def _loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     seen = mask[:, :-1].to(logits.device)
     wanted = labels[:, 1:].to(logits.device).masked_fill(~seen, -100)
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten())
-
-
-def _num_packed(module: nn.Module) -> int:
-    """Count the values of packed weights in a module itself."""
-    if isinstance(module, QuantLinear | QuantEmbedding):
-        return module.quantized.shape.numel()
-    if isinstance(module, QuantExperts):
-        return 3 * module.num_experts * module.hidden_size * module.intermediate_size
-    return 0

@@ -31,10 +31,10 @@ from puna.model.lora import (
 )
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
+from puna.model.lora_switch import SavedModule, TrainableTokens
 from puna.weights.adapter import read_adapter_config, read_adapter_tensors, write_adapter, write_text
 from puna.weights.files import list_names
-from puna.weights.nf4 import FourBitLinear
-from puna.weights.quant import QuantEmbedding, QuantExperts, QuantLinear
+from puna.weights.packed_size import num_packed
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         *,
         autocast_adapter_dtype: bool = True,
+        to_load: bool = False,
     ) -> None:
         super().__init__()
         network = getattr(model, "llama", model)
@@ -71,8 +72,9 @@ class PeftModel(nn.Module):
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
         self._enabled = True
-        self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self.set_adapter(adapter_name)
+        self._add(adapter_name, peft_config, in_float32=autocast_adapter_dtype, to_load=to_load)
+        self.active_adapters = [adapter_name]
+        self._switch()
 
     @classmethod
     def from_pretrained(
@@ -84,7 +86,7 @@ class PeftModel(nn.Module):
         """
         config = dataclasses.replace(read_adapter_config(model_id), inference_mode=not is_trainable)
         tensors = read_adapter_tensors(model_id)
-        peft_model = cls(model, config, adapter_name)
+        peft_model = cls(model, config, adapter_name, to_load=True)
         try:
             peft_model._fill(adapter_name, tensors, model_id)
         except CheckpointError:
@@ -119,7 +121,7 @@ class PeftModel(nn.Module):
         """Return how many parameters are trained, and how many there are; packed weights count by values."""
         parameters = list(self.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        return trainable, sum(p.numel() for p in parameters) + sum(_num_packed(m) for m in self.modules())
+        return trainable, sum(p.numel() for p in parameters) + sum(num_packed(m) for m in self.modules())
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line."""
@@ -138,31 +140,45 @@ class PeftModel(nn.Module):
         self, adapter_name: str, peft_config: LoraConfig, *, autocast_adapter_dtype: bool = True
     ) -> None:
         """Create another adapter, idle until `set_adapter`."""
+        self._add(adapter_name, peft_config, in_float32=autocast_adapter_dtype, to_load=False)
+
+    def _add(self, adapter_name: str, peft_config: LoraConfig, *, in_float32: bool, to_load: bool) -> None:
         with_bias = [name for name, config in self.peft_config.items() if config.bias != "none"]
         if peft_config.bias != "none" and with_bias:
             raise ParameterError(f"only one adapter can train biases: {with_bias[0]!r} does")
         name = getattr(self.__dict__["_door"], "name_or_path", None) or peft_config.base_model_name_or_path
         config = dataclasses.replace(peft_config, base_model_name_or_path=name)
         self.peft_config[adapter_name] = inject(
-            self.network, adapter_name, config, in_float32=autocast_adapter_dtype
+            self.network, adapter_name, config, in_float32=in_float32, to_load=to_load
         )
         self._switch()
 
     def load_adapter(self, model_id: Path | str, adapter_name: str, *, is_trainable: bool = False) -> None:
-        """Add the adapter of a folder, idle until `set_adapter`."""
+        """Add the adapter of a folder, idle until `set_adapter`; unless `is_trainable`, the model is put in
+        evaluation mode, as PEFT does.
+        """
         config = dataclasses.replace(read_adapter_config(model_id), inference_mode=not is_trainable)
         tensors = read_adapter_tensors(model_id)
-        self.add_adapter(adapter_name, config)
+        self._add(adapter_name, config, in_float32=True, to_load=True)
         try:
             self._fill(adapter_name, tensors, model_id)
         except CheckpointError:
             self.delete_adapter(adapter_name)
             raise
+        if not is_trainable:
+            self.eval()
 
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter, or several that add up, active; all others idle."""
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several that add up, active; all others idle.
+
+        As in PEFT they are trained from now on unless `inference_mode`, even if they were loaded frozen.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._require(names)
+        for name in names:
+            self.peft_config[name] = dataclasses.replace(
+                self.peft_config[name], inference_mode=inference_mode
+            )
         self.active_adapters = names
         self._switch()
 
@@ -269,7 +285,7 @@ class PeftModel(nn.Module):
     def _fill(self, adapter: str, tensors: Mapping[str, Tensor], source: Path | str) -> None:
         """Copy read tensors into an adapter, and saved base tables and biases into the base."""
         expected = adapter_state(self.network, adapter)
-        places = {**dict(self.network.named_parameters()), **expected}
+        places = {**self._base_places(adapter), **expected}
         missing = [name for name in expected if name not in tensors]
         unexpected = [name for name in tensors if name not in places]
         misshapen = [
@@ -284,6 +300,22 @@ class PeftModel(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 places[name].copy_(tensor)
+
+    def _base_places(self, adapter: str) -> dict[str, Tensor]:
+        """Return what an adapter's file may change of the base: the embedding, the head, trained biases."""
+        places = {}
+        for name in ("model.embed_tokens", "lm_head"):
+            module: Any = self.network.get_submodule("model").embed_tokens
+            if name == "lm_head" and self.network.lm_head is not None:
+                module = self.network.lm_head
+            wrapped = isinstance(module, LoraLayer)
+            weight = getattr(module.base_layer if wrapped else module, "weight", None)
+            if isinstance(weight, Tensor) and not isinstance(module, SavedModule | TrainableTokens):
+                places[f"{name}.base_layer.weight" if wrapped else f"{name}.weight"] = weight
+        for name, biases in base_biases(self.network, self.peft_config):
+            if name == adapter:
+                places.update(biases)
+        return places
 
     def _switch(self) -> None:
         switch(self.network, self.peft_config, self.active_adapters, enabled=self._enabled)
@@ -355,11 +387,3 @@ tags:
 
 A LoRA adapter, trained with Puna.
 """
-
-
-def _num_packed(module: nn.Module) -> int:
-    if isinstance(module, QuantLinear | QuantEmbedding | FourBitLinear):
-        return module.quantized.shape.numel()
-    if isinstance(module, QuantExperts):
-        return 3 * module.num_experts * module.hidden_size * module.intermediate_size
-    return 0

@@ -44,36 +44,36 @@ def adapter_state(network: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
 
 
-def inject(network: Llama, adapter: str, config: LoraConfig, *, in_float32: bool = True) -> LoraConfig:
+def inject(
+    network: Llama, adapter: str, config: LoraConfig, *, in_float32: bool = True, to_load: bool = False
+) -> LoraConfig:
     """Create an adapter in the model, not yet active; return its config with the targets resolved.
 
-    With `in_float32`, half-precision adapter parameters are widened after they were drawn. Raises
-    ParameterError where nothing matches, UnsupportedError for what cannot be adapted.
+    With `in_float32`, half-precision adapter parameters are widened after they were drawn; `to_load` says
+    that their values come from a file. Raises ParameterError where nothing matches, UnsupportedError for what
+    cannot be adapted, and leaves no part of the adapter behind then.
     """
+    if not to_load:
+        config.require_creatable()
     if not adapter or "." in adapter:
         raise ParameterError(f"an adapter name must not be empty nor have dots: {adapter!r}")
     if adapter in {name for _, module in adapter_modules(network) for name in module.adapter_names()}:
         raise ParameterError(f"there is an adapter {adapter!r} already")
     if not any(True for _ in adapter_modules(network)):
         network.requires_grad_(False)
-    config = resolve(network, config)
-    if network.lm_head is None and _wants_head(config):
-        network.lm_head = TiedHead(network.model.embed_tokens)
-    found = _adapt_modules(network, adapter, config)
-    if not found + _adapt_parameters(network, adapter, config):
-        raise ParameterError(f"no module matches target_modules {config.target_modules!r}")
-    for kind in ("rank_pattern", "alpha_pattern"):
-        unused = [p for p in getattr(config, kind) if not any(re.match(rf"(.*\.)?({p})$", n) for n in found)]
-        if unused:
-            logger.warning("%s: no adapted module matches %s", kind, ", ".join(unused))
-    _save_modules(network, adapter, config)
-    _train_tokens(network, adapter, config)
+    try:
+        return _inject(network, adapter, resolve(network, config), in_float32=in_float32)
+    except (ParameterError, UnsupportedError):
+        forget(network, adapter)
+        raise
+
+
+def forget(network: Llama, adapter: str) -> None:
+    """Remove an adapter; with the last one, plain modules come back."""
     for _, module in adapter_modules(network):
-        if in_float32 and not isinstance(module, SavedModule):
-            for tensor in module.adapter_state(adapter).values():
-                if tensor.dtype in (torch.float16, torch.bfloat16):
-                    tensor.data = tensor.data.float()
-    return config
+        module.remove(adapter)
+    if not any(module.adapter_names() for _, module in adapter_modules(network)):
+        take_out(network, [])
 
 
 def resolve(network: Llama, config: LoraConfig) -> LoraConfig:
@@ -164,8 +164,28 @@ def take_out(network: Llama, adapters: Iterable[str], *, safe: bool = False) -> 
         if leaf in ("base_layer", "original_module"):
             continue  # an inner wrapper: its outer one takes both out
         setattr(network.get_submodule(parent_name), leaf, _plain(module, adapters, safe, dtype))
-    if isinstance(network.lm_head, TiedHead):
+    if network.config.tie_word_embeddings:
         network.lm_head = None
+
+
+def _inject(network: Llama, adapter: str, config: LoraConfig, *, in_float32: bool) -> LoraConfig:
+    if network.lm_head is None and _wants_head(config):
+        network.lm_head = TiedHead(network.model.embed_tokens)
+    found = _adapt_modules(network, adapter, config)
+    if not found + _adapt_parameters(network, adapter, config):
+        raise ParameterError(f"no module matches target_modules {config.target_modules!r}")
+    for kind in ("rank_pattern", "alpha_pattern"):
+        unused = [p for p in getattr(config, kind) if not any(re.match(rf"(.*\.)?({p})$", n) for n in found)]
+        if unused:
+            logger.warning("%s: no adapted module matches %s", kind, ", ".join(unused))
+    _save_modules(network, adapter, config)
+    _train_tokens(network, adapter, config)
+    for _, module in adapter_modules(network):
+        if in_float32 and not isinstance(module, SavedModule):
+            for tensor in module.adapter_state(adapter).values():
+                if tensor.dtype in (torch.float16, torch.bfloat16):
+                    tensor.data = tensor.data.float()
+    return config
 
 
 def _plain(module: AdapterModule, adapters: list[str], safe: bool, dtype: torch.dtype) -> nn.Module:

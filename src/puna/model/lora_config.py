@@ -39,8 +39,8 @@ _ONLY_DEFAULT: dict[str, Any] = {
 }
 _NO_EFFECT = frozenset({"auto_mapping", "peft_type", "peft_version", "runtime_config"})
 _NOT_NEEDED_TO_LOAD = frozenset({"eva_config"})  # they only say how the first values were found
-_TRAINABLE_INITS = ("gaussian", "olora", "pissa")
-_LOADABLE_INITS = (*_TRAINABLE_INITS, "eva", "mica", "orthogonal")  # the others change the base weights
+_INITS = ("gaussian", "olora", "orthogonal", "pissa")
+_ONLY_LOADED_INITS = ("eva", "mica")  # found from data, or trained in part: their files are plain LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ class LoraConfig:
         init = self.init_lora_weights
         if isinstance(init, str) and not self.loads_init(init):
             raise UnsupportedError(
-                f"init_lora_weights={init!r} is not supported: True, False, 'gaussian', 'pissa', "
-                "'pissa_niter_N' and 'olora' are"
+                f"init_lora_weights={init!r} is not supported: True, False, 'gaussian', 'orthogonal', "
+                "'pissa', 'pissa_niter_N' and 'olora' are"
             )
         if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
             raise ParameterError("lora_bias needs init_lora_weights True or False, and no DoRA")
@@ -111,7 +111,15 @@ class LoraConfig:
     @staticmethod
     def loads_init(init: str) -> bool:
         """Say whether adapters that began this way can be loaded."""
-        return init.lower() in _LOADABLE_INITS or _niter(init) is not None
+        return init.lower() in (*_INITS, *_ONLY_LOADED_INITS) or _niter(init) is not None
+
+    def require_creatable(self) -> None:
+        """Raise UnsupportedError for first values that can be loaded, not made."""
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower() in _ONLY_LOADED_INITS:
+            raise UnsupportedError(
+                f"init_lora_weights={init!r} is not supported for a new adapter: a finished one can be loaded"
+            )
 
     @property
     def svd_iterations(self) -> int | None:

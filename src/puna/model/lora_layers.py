@@ -256,6 +256,8 @@ class LoraLinear(LoraLayer):
         kind = init.lower() if isinstance(init, str) else "kaiming"
         if kind.startswith(("pissa", "olora")):
             self._split_base(name, kind, config.svd_iterations, rank)
+        elif kind == "orthogonal":
+            self._orthogonal(name, rank)
         elif kind in ("kaiming", "gaussian"):
             if kind == "kaiming":
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -264,8 +266,18 @@ class LoraLinear(LoraLayer):
             nn.init.zeros_(b)
             if config.lora_bias:
                 nn.init.zeros_(cast(nn.Linear, self.lora_B[name]).bias)
-        else:  # eva, mica, orthogonal: their values come from a file
+        else:  # eva, mica: their values come from a file
             nn.init.zeros_(b)
+
+    def _orthogonal(self, name: str, rank: int) -> None:
+        """Make A and B so that B @ A is zero and neither is: rows of one rotation, every other one each."""
+        if rank % 2:
+            raise ParameterError(f"init_lora_weights='orthogonal' needs an even rank, got {rank}")
+        rotation, _ = torch.linalg.qr(torch.randn(rank, rank))
+        a = (torch.randn(self.in_features, rank // 2) @ rotation[0::2]).T / 10
+        b = torch.randn(rank // 2, self.out_features).T @ rotation[1::2] / 10
+        self.lora_A[name].weight = nn.Parameter(a.contiguous())
+        self.lora_B[name].weight = nn.Parameter(b.contiguous())
 
     @torch.no_grad()
     def _split_base(self, name: str, kind: str, iterations: int | None, rank: int) -> None:
