@@ -29,6 +29,7 @@ from puna.model.lora import (
     take_out,
     unmerge,
 )
+from puna.model.lora_combine import KINDS, combined_config, fill_combined
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
 from puna.model.lora_switch import SavedModule, TrainableTokens
@@ -167,6 +168,38 @@ class PeftModel(nn.Module):
             raise
         if not is_trainable:
             self.eval()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+    ) -> None:
+        """Add the weighted sum of adapters as another one, idle until `set_adapter`.
+
+        `combination_type` is "svd", "cat" or "linear", with PEFT's meanings; of one adapter it is always
+        linear. Raises ParameterError and UnsupportedError where adapters cannot be combined.
+        """
+        self._require(list(adapters))
+        if len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
+            raise ParameterError(f"one weight for each adapter, got {list(adapters)} and {list(weights)}")
+        kind = "linear" if len(adapters) == 1 and combination_type in KINDS else combination_type
+        config = combined_config({name: self.peft_config[name] for name in adapters}, kind, svd_rank)
+        self._add(adapter_name, config, in_float32=True, to_load=False)
+        fill_combined(
+            self.network,
+            adapter_name,
+            dict(zip(adapters, weights, strict=True)),
+            kind,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several that add up, active; all others idle.

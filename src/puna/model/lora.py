@@ -57,6 +57,8 @@ def inject(
         config.require_creatable()
     if not adapter or "." in adapter:
         raise ParameterError(f"an adapter name must not be empty nor have dots: {adapter!r}")
+    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
+        raise ParameterError(f"an adapter cannot be called {adapter!r}: torch's modules have that attribute")
     if adapter in {name for _, module in adapter_modules(network) for name in module.adapter_names()}:
         raise ParameterError(f"there is an adapter {adapter!r} already")
     if not any(True for _ in adapter_modules(network)):
