@@ -33,7 +33,8 @@ from puna.model.lora_combine import KINDS, combined_config, fill_combined
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
 from puna.model.lora_switch import SavedModule, TrainableTokens
-from puna.weights.adapter import read_adapter_config, read_adapter_tensors, write_adapter, write_text
+from puna.weights.adapter import write_adapter, write_text
+from puna.weights.adapter_import import read_any_adapter
 from puna.weights.files import list_names
 from puna.weights.packed_size import num_packed
 
@@ -83,10 +84,12 @@ class PeftModel(nn.Module):
     ) -> Self:
         """Put the adapter of a folder into `model`; frozen unless `is_trainable`.
 
-        Raises ModelNotFoundError, ConfigError, and CheckpointError listing every tensor that does not fit.
+        Adapters of mlx-lm, torchtune and LitGPT are read as well. Raises ModelNotFoundError, ConfigError, and
+        CheckpointError listing every tensor that does not fit.
         """
-        config = dataclasses.replace(read_adapter_config(model_id), inference_mode=not is_trainable)
-        tensors = read_adapter_tensors(model_id)
+        base = getattr(getattr(model, "llama", model), "config", None)
+        config, tensors = read_any_adapter(model_id, base)
+        config = dataclasses.replace(config, inference_mode=not is_trainable)
         peft_model = cls(model, config, adapter_name, to_load=True)
         try:
             peft_model._fill(adapter_name, tensors, model_id)
@@ -158,8 +161,8 @@ class PeftModel(nn.Module):
         """Add the adapter of a folder, idle until `set_adapter`; unless `is_trainable`, the model is put in
         evaluation mode, as PEFT does.
         """
-        config = dataclasses.replace(read_adapter_config(model_id), inference_mode=not is_trainable)
-        tensors = read_adapter_tensors(model_id)
+        config, tensors = read_any_adapter(model_id, self.network.config)
+        config = dataclasses.replace(config, inference_mode=not is_trainable)
         self._add(adapter_name, config, in_float32=True, to_load=True)
         try:
             self._fill(adapter_name, tensors, model_id)
