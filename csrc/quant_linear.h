@@ -115,6 +115,10 @@ struct Traits {
   static constexpr int kZero = kOffset ? 128 : T::kZero;
   static constexpr int kFlush = Simd::flush(T::kLargest);
   static_assert(kFlush >= 1, "one product of 4 columns must fit");
+
+  // The sub-block that is multiplied as the n-th of its block. One order for one token and for many makes
+  // their sums equal to the last bit.
+  static constexpr int sub(int n) { return T::sub(n / T::kAccs, n % T::kAccs); }
 };
 
 template <class T>
@@ -189,7 +193,8 @@ F one_token(const uint8_t* tile, const Group& x, int64_t blocks) {
 
 constexpr int kPanelColumns = 256;
 
-// 16 rows by up to 256 columns as bytes, sub-block by sub-block, 4 columns of all rows together.
+// 16 rows by up to 256 columns as bytes, sub-block by sub-block in the order of Traits::sub, 4 columns of all
+// rows together.
 struct Panel {
   alignas(64) uint8_t weights[kTileRows * kPanelColumns];
   alignas(64) float scales[kTileRows * kPanelColumns / 16];
@@ -202,14 +207,14 @@ PUNA_INLINE void unpack_phase(const uint8_t* tile, int first_sub, Panel& panel) 
     W w[T::kVecs];
     unpack_weights<T, phase, unit>(tile, w);
     static_for<T::kVecs>([&](auto v) PUNA_INLINE_LAMBDA {
-      const int at = (first_sub + T::sub(phase, v % T::kAccs)) * Traits<T>::kGroups + T::group(unit, v);
+      const int at = (first_sub + phase * T::kAccs + v % T::kAccs) * Traits<T>::kGroups + T::group(unit, v);
       Simd::store_w(panel.weights + 64 * at, w[v]);
     });
   });
   F scale[T::kAccs], minimum[T::kAccs];
   T::template scales<phase>(tile, scale, minimum);
   static_for<T::kAccs>([&](auto a) PUNA_INLINE_LAMBDA {
-    const int sub = first_sub + T::sub(phase, a);
+    const int sub = first_sub + phase * T::kAccs + a;
     Simd::store_f(panel.scales + 16 * sub, scale[a]);
     if constexpr (T::kMin) Simd::store_f(panel.minima + 16 * sub, minimum[a]);
   });
@@ -231,10 +236,11 @@ template <class T, int count>
 void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int subs, float* totals) {
   using C = Traits<T>;
   constexpr int kStep = C::kFlush < C::kGroups ? C::kFlush : C::kGroups;
-  const int8_t* values = x.values + first_sub * T::kSub * count;
   for (int sub = 0; sub < subs; ++sub) {
     const uint8_t* weights = panel.weights + sub * 16 * T::kSub;
-    const int64_t at = (first_sub + sub) * count, at_32 = (first_sub + sub) * T::kSub / 32 * count;
+    const int64_t from = first_sub + sub - sub % C::kSubs + C::sub(sub % C::kSubs);
+    const int8_t* values = x.values + from * T::kSub * count;
+    const int64_t at = from * count, at_32 = from * T::kSub / 32 * count;
     Simd::I whole[count];
     static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
       whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
@@ -262,7 +268,6 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
       }
       Simd::store_f(totals + 16 * t, total);
     });
-    values += T::kSub * count;
   }
 }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from puna import kernels
+
 
 def _find_test_data() -> Path | None:
     named = os.environ.get("PUNA_TEST_DATA")
@@ -27,3 +29,9 @@ def test_data() -> Path:
 def stories(test_data: Path) -> Path:
     """Return the folder of stories260k: hf/, meta/, gguf/, golden.txt, golden_ids.json."""
     return test_data / "stories260k"
+
+
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute as where nothing is compiled: exactly with the dequantised weights."""
+    monkeypatch.setattr(kernels, "_cpu", None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from puna import AutoModelForCausalLM, AutoTokenizer
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
@@ -147,6 +148,30 @@ def test_loading_refuses_by_name(
 ) -> None:
     with pytest.raises(error, match=message):
         AutoModelForCausalLM.from_pretrained(folder, **settings)
+
+
+def test_use_safetensors_says_which_files_are_read(folder: Path, stories: Path, tmp_path: Path) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+    head = load(folder, use_safetensors=True).state_dict()["lm_head.weight"]
+    with pytest.raises(ModelNotFoundError, match="no weights: looked for pytorch_model.bin, .*index.json$"):
+        load(folder, use_safetensors=False)
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            state = {name: -tensor for name, tensor in load_file(file).items()}
+            torch.save(state, tmp_path / "pytorch_model.bin")
+        (tmp_path / file.name).symlink_to(file)
+    for choice, expected in ((None, head), (True, head), (False, -head)):
+        assert torch.equal(load(tmp_path, use_safetensors=choice).state_dict()["lm_head.weight"], expected)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelNotFoundError, match="looked for model.safetensors, model.safetensors.index.json$"
+    ):
+        load(tmp_path, use_safetensors=True)
+    for place in ("meta", "gguf", "gguf/stories260k-f32.gguf"):
+        with pytest.raises(ModelNotFoundError, match="this model is not in safetensors files"):
+            load(stories / place, use_safetensors=True)
+    with pytest.raises(ParameterError, match="use_safetensors must be True, False or None, got 'yes'"):
+        load(folder, use_safetensors="yes")  # type: ignore[arg-type]
 
 
 def test_names_of_the_hub_are_refused_with_advice() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
 from puna.errors import ParameterError, UnsupportedError
-from puna.weights.quant import GGMLType, QuantTensor, swap_in
+from puna.gguf_header import GGMLType
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import swap_in
 
 from tiny import hf_llama, hf_llama4, puna_twin
 
@@ -119,7 +121,14 @@ def test_gradients_flow_once_they_are_asked_for(theirs: Any, ours: CausalLM) -> 
         ({"use_cache": True}, UnsupportedError, "use_cache"),
         ({"output_hidden_states": True}, UnsupportedError, "output_hidden_states"),
         ({"attention_mask": torch.ones(1, 3)}, ParameterError, r"\(1, 7\), got \(1, 3\)"),
-        ({"labels": torch.ones(1, 3)}, ParameterError, r"labels must have the shape .*\(1, 7\)"),
+        ({"labels": torch.ones(1, 3).long()}, ParameterError, r"labels must have the shape .*\(1, 7\)"),
+        (
+            {"labels": torch.ones(1, 7)},
+            ParameterError,
+            "labels must be a tensor of integers, got torch.float32",
+        ),
+        ({"labels": [1]}, ParameterError, "labels must be a tensor of integers, got list"),
+        ({"labels": ONE + 90}, ParameterError, "token id 99 is outside the model's vocabulary, 0 to 95"),
     ],
 )
 def test_forward_refuses_by_name(
@@ -133,6 +142,18 @@ def test_forward_refuses_by_name(
 def test_forward_wants_a_matrix_of_ids(ours: CausalLM, ids: Any) -> None:
     with pytest.raises(ParameterError, match="input_ids must be"):
         ours(ids)
+
+
+@pytest.mark.parametrize("wrong", [96, -1])
+def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(ours: CausalLM, wrong: int) -> None:
+    ids = torch.tensor([[1, wrong, 5]])
+    for call in (ours, ours.generate):
+        with pytest.raises(
+            ParameterError, match=f"token id {wrong} is outside the model's vocabulary, 0 to 95"
+        ):
+            call(ids)
+    masked = ours(ids, attention_mask=torch.tensor([[0, 0, 1]])).logits[0, 2]
+    assert torch.equal(masked, ours(torch.tensor([[0, 0, 5]]), torch.tensor([[0, 0, 1]])).logits[0, 2])
 
 
 # -- generate
@@ -355,6 +376,13 @@ def test_a_streamer_gets_what_transformers_gives_it(theirs: Any, ours: CausalLM)
         ({"input_ids": ONE}, ParameterError, "not both"),
         ({"attention_mask": torch.zeros(1, 7)}, ParameterError, "a row has no tokens"),
         ({"generation_config": 3}, ParameterError, "got int"),
+        ({"eos_token_id": "a"}, ParameterError, "eos_token_id must be a token id or a list of them, got 'a'"),
+        ({"eos_token_id": [1, None]}, ParameterError, r"eos_token_id must be .* got \[1, None\]"),
+        ({"pad_token_id": "a"}, ParameterError, "pad_token_id must be a token id, got 'a'"),
+        ({"max_new_tokens": "5"}, ParameterError, "max_new_tokens must be an integer, got '5'"),
+        ({"temperature": "hot"}, ParameterError, "temperature must be a number, got 'hot'"),
+        ({"do_sample": "yes"}, ParameterError, "do_sample must be True or False, got 'yes'"),
+        ({"stop_strings": 3}, ParameterError, "stop_strings must be a string or a list of strings, got 3"),
     ],
 )
 def test_generate_refuses_by_name(
@@ -362,6 +390,13 @@ def test_generate_refuses_by_name(
 ) -> None:
     with pytest.raises(error, match=message):
         ours.generate(ONE, **{"max_new_tokens": 4, **settings})
+
+
+def test_end_ids_as_a_tensor(ours: CausalLM, free: list[list[int]]) -> None:
+    first = torch.tensor(free[0][3])
+    for eos in (first, first[None], [int(first)]):
+        out = ours.generate(ONE, max_new_tokens=16, eos_token_id=eos)
+        assert out[0, 7:].tolist() == free[0][: free[0].index(int(first)) + 1]
 
 
 def test_inputs_that_are_no_prompt_are_refused(ours: CausalLM) -> None:

@@ -225,6 +225,31 @@ def test_decode(ours: Any, theirs: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("__call__", None, "a text or a list of texts is needed, got NoneType"),
+        ("__call__", {"text": "a"}, "a text or a list of texts is needed, got dict"),
+        ("__call__", ["a", 3], "got a list with int"),
+        ("encode", 5, "a text or a list of texts is needed, got int"),
+        ("convert_tokens_to_ids", 5, "got int"),
+        ("convert_ids_to_tokens", "a", "token ids are needed, got str"),
+        ("decode", None, "token ids are needed, got NoneType"),
+        ("decode", "12", "token ids are needed, got str"),
+        ("decode", [1, "a"], "token ids are integers, got 'a'"),
+        ("decode", 1.5, "token ids are needed, got float"),
+        ("batch_decode", None, "token ids are needed, got NoneType"),
+        ("apply_chat_template", ["hi"], "a message is a dict with role and content, not str: 'hi'"),
+        ("apply_chat_template", "hi", "a conversation is a list of messages, not str"),
+        ("apply_chat_template", {"role": "user"}, "a conversation is a list of messages, not dict"),
+        ("apply_chat_template", [CHAT, CHAT[0]], "in a batch each conversation is a list, not dict"),
+    ],
+)
+def test_wrong_types_are_clear_errors(chat: Any, method: str, given: Any, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        getattr(chat, method)(given)
+
+
 def test_decode_refuses_unknown_ids_and_cleaning(chat: Any) -> None:
     with pytest.raises(ParameterError, match=f"token id {len(chat)} is outside"):
         chat.decode([len(chat)])
@@ -342,7 +367,7 @@ def test_chat_refuses_by_name(
         ({"max_length": 0}, ParameterError, "no room for the 1 special"),
         ({"padding": True, "pad_to_multiple_of": 0}, ParameterError, "pad_to_multiple_of is 0"),
         ({"text": ["a", "a b c d"], "return_tensors": "pt"}, ParameterError, "unequal length"),
-        ({"text": [3]}, ParameterError, "got int"),
+        ({"text": [3]}, ParameterError, "got a list with int"),
     ],
 )
 def test_calls_refuse_by_name(

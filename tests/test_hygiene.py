@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
 DOORS = {
     "async_llm",
     "auto",
+    "auto_arguments",
     "auto_encoding",
     "auto_generation",
     "auto_model",

@@ -15,11 +15,13 @@ from torch.nn import functional
 
 from puna.auto_model import CausalLM
 from puna.errors import CheckpointError, ConfigError, ModelNotFoundError, ParameterError, UnsupportedError
+from puna.gguf_header import GGMLType
 from puna.model import Llama
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel, create_loraplus_optimizer, get_peft_model
-from puna.weights.nf4 import swap_in_4bit
-from puna.weights.quant import GGMLType, QuantTensor, swap_in
+from puna.weights.nf4 import FourBitLinear, swap_in_4bit
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import QuantLinear, swap_in
 
 from tiny import hf_llama, hf_llama4, puna_twin
 
@@ -362,15 +364,17 @@ def packed_4bit(model: Llama) -> Llama:
     return model
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("pack", [quantised, packed_4bit])
-def test_a_quantised_base(dora: bool, pack: Callable[[Llama], Llama]) -> None:
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], "all-linear"])
+def test_a_quantised_base(targets: Any, dora: bool, pack: Callable[[Llama], Llama]) -> None:
     network = pack(puna_twin(hf_llama()))
     whole = puna_twin(hf_llama())
     for name, module in network.named_modules():
-        if hasattr(module, "quantized"):
+        if isinstance(module, QuantLinear | FourBitLinear):
             whole.get_submodule(name).weight.data = module.quantized.dequantize()
-    config = LoraConfig(r=4, use_dora=dora, target_modules=["q_proj", "up_proj"])
+    config = LoraConfig(r=4, use_dora=dora, target_modules=targets)
     models = []
     for model in (network, whole):
         torch.manual_seed(5)

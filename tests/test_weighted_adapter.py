@@ -19,8 +19,10 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
 IDS = torch.tensor([[1, 5, 9, 33, 2, 8, 11, 70]])
-FIRST: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-SECOND: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+FIRST: dict[str, Any] = {"r": 4, "lora_alpha": 6, "init_lora_weights": False} | {
+    "target_modules": ["q_proj", "v_proj"]
+}
+SECOND: dict[str, Any] = FIRST | {"lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
 
 
 def models(first: dict[str, Any], second: dict[str, Any]) -> tuple[Any, PeftModel]:

@@ -1,8 +1,9 @@
 """The engine beside an event loop: each request is an async stream of outputs.
 
 The engine runs in one thread of this process. Its steps spend their time in kernels that hold no interpreter
-lock, and a thread needs no copies and no start-up of a second process (what a process would gain is not
-measured yet). Cancelling a stream aborts its request at the next step and frees its blocks.
+lock, and a thread needs no copies and no start-up of a second process (docs/performance.md has what was
+measured). Prompts are encoded and grammars compiled in threads of the event loop's pool, so that a slow one
+holds up no other stream. Cancelling a stream aborts its request at the next step and frees its blocks.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from puna.engine.sampling import SamplingParams
+from puna.errors import ParameterError
 from puna.outputs import RequestOutput
-from puna.text_engine import TextEngine
+from puna.text_engine import PreparedRequest, TextEngine
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class _Stream:
 
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[RequestOutput | BaseException]
+    aborted: bool = False  # before it was added
 
     def put(self, item: RequestOutput | BaseException) -> None:
         try:
@@ -50,6 +53,7 @@ class AsyncLLM:
         self.text_engine = text_engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
+        self._preparing: dict[str, _Stream] = {}
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="puna-engine", daemon=True)
         self._thread.start()
@@ -75,18 +79,14 @@ class AsyncLLM:
         if not self.is_alive:
             raise EngineDeadError(f"the engine has ended: {self._error}")
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-
-        def add() -> None:
-            if self._error is not None:
-                stream.put(self._error)
-                return
-            try:
-                self.text_engine.add(request_id, prompt, params, priority=priority, salt=salt)
-                self._streams[request_id] = stream
-            except Exception as error:  # given to the caller, who asked for it
-                stream.put(error)
-
-        self._commands.put(add)
+        if request_id in self._preparing:
+            raise ParameterError(f"a request {request_id!r} is running already")
+        self._preparing[request_id] = stream
+        try:
+            request = await asyncio.to_thread(self.text_engine.prepare, prompt, params)
+            self._commands.put(lambda: self._add(request_id, stream, request, priority, salt))
+        finally:
+            del self._preparing[request_id]
         if not self._thread.is_alive():
             self._drain()
         finished = False
@@ -104,7 +104,25 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; its stream raises RequestAborted. Unknown ids are ignored."""
+        preparing = self._preparing.get(request_id)
+        if preparing is not None:
+            preparing.aborted = True
         self._commands.put(lambda: self._drop(request_id, self._streams.get(request_id)))
+
+    def _add(
+        self, request_id: str, stream: _Stream, request: PreparedRequest, priority: int, salt: bytes
+    ) -> None:
+        """Queue a prepared request, in the engine's thread."""
+        if self._error is not None:
+            stream.put(self._error)
+        elif stream.aborted:
+            stream.put(RequestAborted(f"request {request_id!r} was aborted"))
+        else:
+            try:
+                self.text_engine.add_prepared(request_id, request, priority=priority, salt=salt)
+                self._streams[request_id] = stream
+            except Exception as error:  # given to the caller, who asked for it
+                stream.put(error)
 
     def _drop(self, request_id: str, stream: _Stream | None) -> None:
         """Abort a request, if `stream` is still the one that reads it, and wake the reader."""

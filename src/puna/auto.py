@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from puna.auto_arguments import WithoutEffect, refuse
 from puna.auto_encoding import UNLIMITED
 from puna.auto_generation import GenerationConfig
 from puna.auto_model import CausalLM
@@ -25,7 +26,7 @@ from puna.text.tokenizer_config import read_json
 from puna.weights.loader import load_model, open_checkpoint
 
 # Names of Transformers' `from_pretrained` that change nothing with None or one of these values.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_WITHOUT_EFFECT: WithoutEffect = {
     "cache_dir": (),
     "code_revision": ("main",),
     "config": (),
@@ -39,7 +40,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
     "use_auth_token": (),
 }
-_TOKENIZER_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_TOKENIZER_WITHOUT_EFFECT: WithoutEffect = {
     **_WITHOUT_EFFECT,
     "add_bos_token": (),
     "add_eos_token": (),
@@ -54,7 +55,7 @@ _TOKENIZER_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "unk_token": (),
     "use_fast": (True,),
 }
-_MODEL_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_MODEL_WITHOUT_EFFECT: WithoutEffect = {
     **_WITHOUT_EFFECT,
     "adapter_kwargs": (),
     "attn_implementation": ("sdpa",),
@@ -79,7 +80,6 @@ _MODEL_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "tp_size": (),
     "use_cache": (),
     "use_kernels": (False,),
-    "use_safetensors": (),
     "variant": (),
     "weights_only": (True,),
 }
@@ -108,7 +108,7 @@ class AutoTokenizer:
 
         Raises ModelNotFoundError, TokenizerError, UnsupportedError and ParameterError.
         """
-        _check("AutoTokenizer.from_pretrained", others, _TOKENIZER_WITHOUT_EFFECT)
+        refuse("AutoTokenizer.from_pretrained", others, _TOKENIZER_WITHOUT_EFFECT)
         path = _local_path(pretrained_model_name_or_path, gguf_file)
         tokenizer = load_tokenizer(path)
         config = _tokenizer_config(path if path.is_dir() else path.parent, tokenizer)
@@ -141,18 +141,22 @@ class AutoModelForCausalLM:
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         gguf_file: str | None = None,
+        use_safetensors: bool | None = None,
         **others: Any,
     ) -> CausalLM:
         """Load a model from a folder, a `.gguf` file, or "cria".
 
         `dtype` (or its old name `torch_dtype`) is a torch dtype or its name; "auto", the default, is what
         the checkpoint declares. Quantised weights stay quantised. `device_map` is one device, or "auto": the
-        first accelerator there is, else the CPU; nothing is split over several. Raises ModelNotFoundError,
-        CheckpointError, ConfigError, UnsupportedError and ParameterError.
+        first accelerator there is, else the CPU; nothing is split over several. `use_safetensors` insists on
+        safetensors (True) or on .bin files (False). Raises ModelNotFoundError, CheckpointError, ConfigError,
+        UnsupportedError and ParameterError.
         """
-        _check("AutoModelForCausalLM.from_pretrained", others, _MODEL_WITHOUT_EFFECT)
+        refuse("AutoModelForCausalLM.from_pretrained", others, _MODEL_WITHOUT_EFFECT)
         path = _local_path(pretrained_model_name_or_path, gguf_file)
-        checkpoint = open_checkpoint(path)
+        if use_safetensors not in (None, True, False):
+            raise ParameterError(f"use_safetensors must be True, False or None, got {use_safetensors!r}")
+        checkpoint = open_checkpoint(path, use_safetensors=use_safetensors)
         llama = load_model(
             checkpoint,
             dtype=_as_dtype(torch_dtype if dtype is None else dtype),
@@ -167,14 +171,6 @@ class AutoModelForCausalLM:
 
 def _refuse_instance(name: str) -> NoReturn:
     raise UnsupportedError(f"{name} is not made by calling it: use {name}.from_pretrained(path)")
-
-
-def _check(where: str, given: Mapping[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, value in given.items():
-        if name not in without_effect:
-            raise ParameterError(f"{where} has no parameter {name!r}")
-        if value is not None and value not in without_effect[name]:
-            raise UnsupportedError(f"{where} does not support {name}={value!r}")
 
 
 def _max_length(given: int | None, declared: object) -> int:

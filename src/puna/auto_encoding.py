@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import UserDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -140,6 +141,16 @@ def to_list(ids: Any) -> Any:
     if isinstance(ids, list | tuple):
         return [to_list(item) for item in ids]
     return ids
+
+
+def require_ids(ids: Any) -> Ids:
+    """Return a list of token ids, or raise ParameterError for anything else."""
+    if not isinstance(ids, Iterable) or isinstance(ids, str | bytes | Mapping):
+        raise ParameterError(f"token ids are needed, got {type(ids).__name__}")
+    listed = list(ids)
+    if wrong := [item for item in listed if not isinstance(item, int)]:
+        raise ParameterError(f"token ids are integers, got {wrong[0]!r}")
+    return listed
 
 
 def to_tensor(rows: list[Ids], kind: str | None) -> Any:

@@ -8,18 +8,20 @@ Puna does not do is refused unless its value asks for nothing.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from puna.auto_arguments import asks, refuse
+from puna.auto_encoding import to_list
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.request import Sequence
 from puna.engine.sampling import SamplingParams
@@ -167,11 +169,9 @@ SETTINGS = tuple(f.name for f in fields(GenerationConfig) if f.name != "refused"
 
 def _asks(name: str, value: object) -> bool:
     """Say whether a setting that is not ours asks for anything."""
-    if name in SETTINGS or name in _IRRELEVANT or value is None:
+    if name in SETTINGS or name in _IRRELEVANT:
         return False
-    return not any(
-        type(value) is type(neutral) and value == neutral for neutral in _WITHOUT_EFFECT.get(name, ())
-    )
+    return asks(value, _WITHOUT_EFFECT.get(name, ()))
 
 
 def resolve(own: GenerationConfig, given: object, arguments: Mapping[str, Any]) -> GenerationConfig:
@@ -180,20 +180,56 @@ def resolve(own: GenerationConfig, given: object, arguments: Mapping[str, Any]) 
     `given` may be a `GenerationConfig` of Puna's or of Transformers', or None. Raises ParameterError for a
     name that Transformers does not know either, UnsupportedError for one that Puna does not do.
     """
-    for name in arguments:
-        if name not in SETTINGS and name not in _WITHOUT_EFFECT and name not in _IRRELEVANT:
-            close = difflib.get_close_matches(name, SETTINGS, 1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
-            raise ParameterError(f"generate() has no parameter {name!r}{hint}")
     config = _as_config(given).over(own)
     mine = {name: value for name, value in arguments.items() if name in SETTINGS}
-    others = {name: value for name, value in arguments.items() if name not in SETTINGS}
-    refused = {k: v for k, v in {**config.refused, **others}.items() if _asks(k, v)}
-    if refused:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
-        raise UnsupportedError(f"generate() does not support {listed}")
+    others = {k: v for k, v in arguments.items() if k not in SETTINGS and k not in _IRRELEVANT}
+    inherited = {name: value for name, value in config.refused.items() if name not in others}
+    table = dict.fromkeys(inherited, ()) | _WITHOUT_EFFECT
+    refuse("generate()", inherited | others, table, own=SETTINGS)
     _warn_of_unused(config, mine)
-    return replace(config, **mine, refused={})
+    resolved = replace(config, **mine, refused={})
+    _require_kinds(resolved)
+    return resolved
+
+
+_INTEGERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_return_sequences")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def _require_kinds(config: GenerationConfig) -> None:
+    """Raise ParameterError for a value of a wrong type, wherever it was set."""
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(_INTEGERS, ("an integer", _is_integer)),
+        **dict.fromkeys(_NUMBERS, ("a number", _is_number)),
+        "do_sample": ("True or False", lambda value: isinstance(value, bool)),
+        "stop_strings": ("a string or a list of strings", _is_text_or_texts),
+        "bos_token_id": ("a token id", _is_integer),
+        "pad_token_id": ("a token id", _is_integer),
+        "eos_token_id": ("a token id or a list of them", _is_id_or_ids),
+    }
+    for name, (kind, fits) in kinds.items():
+        value = getattr(config, name)
+        if value is not None and not fits(value):
+            raise ParameterError(f"{name} must be {kind}, got {value!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_id_or_ids(value: object) -> bool:
+    value = to_list(value)
+    return all(map(_is_integer, value)) if isinstance(value, list) else _is_integer(value)
+
+
+def _is_text_or_texts(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+    )
 
 
 def _as_config(given: object) -> GenerationConfig:
@@ -271,10 +307,10 @@ def _or(value: float | None, default: float) -> float:
 
 def eos_ids(config: GenerationConfig) -> list[int]:
     """Return the ids that end a sequence."""
-    eos = config.eos_token_id
+    eos = to_list(config.eos_token_id)
     if eos is None:
         return []
-    return [int(eos)] if isinstance(eos, int) else [int(i) for i in eos]
+    return [int(token_id) for token_id in (eos if isinstance(eos, list) else [eos])]
 
 
 def _max_new_tokens(config: GenerationConfig, width: int, context: int) -> int:

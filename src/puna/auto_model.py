@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from puna.auto_arguments import WithoutEffect, refuse
 from puna.auto_generation import GenerationConfig, Streamer, eos_ids, make_plan, resolve, run
 from puna.errors import ParameterError, UnsupportedError
 from puna.model import Llama, LlamaConfig, PackedAttention
-from puna.weights.packed_size import num_packed
+from puna.weights.quant import num_packed
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +92,17 @@ class ConfigView:
         return f"ConfigView({self.to_dict()})"
 
 
-_FORWARD_WITHOUT_EFFECT = {
-    "use_cache": (False,),
-    "return_dict": (True,),
+_FORWARD_WITHOUT_EFFECT: WithoutEffect = {
+    "cache_position": (),
+    "inputs_embeds": (),
+    "logits_to_keep": (0,),
+    "num_items_in_batch": (),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
+    "past_key_values": (),
+    "return_dict": (True,),
+    "token_type_ids": (),
+    "use_cache": (False,),
 }
 _LLAMA4_ONLY = frozenset(
     """
@@ -235,8 +242,9 @@ class CausalLM:
         others. Logits are zero where `attention_mask` is. The loss is the mean over labels that are not -100,
         each predicted by the token before it; a label behind padding is left out.
         """
-        _refuse("forward", unsupported, _FORWARD_WITHOUT_EFFECT)
+        refuse("forward()", unsupported, _FORWARD_WITHOUT_EFFECT)
         ids, mask = _checked_inputs(input_ids, attention_mask)
+        _require_in_vocabulary(ids[mask], self.llama.config.vocab_size)
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device)
         positions = position_ids.to(ids.device).expand(ids.shape)[mask]
@@ -273,6 +281,7 @@ class CausalLM:
             raise UnsupportedError("generate() does not support position_ids: padding is left out by itself")
         config = resolve(self.generation_config, generation_config, settings)
         ids, mask = _prompts(inputs, input_ids, attention_mask, config, self.device)
+        _require_in_vocabulary(ids[mask], self.llama.config.vocab_size)
         plan = make_plan(config, ids.shape[1], self.llama.config)
         return run(self.llama, ids, mask, plan, tokenizer=tokenizer, streamer=streamer)
 
@@ -286,7 +295,10 @@ def _prompts(
 ) -> tuple[Tensor, Tensor]:
     """Return ids and a boolean mask, both (batch, tokens), from the ways in which prompts are given."""
     if isinstance(inputs, Mapping):
-        _refuse("generate", {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}, {})
+        others = {
+            name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")
+        }
+        refuse("generate()", others, dict.fromkeys(others, ()))
         if "input_ids" not in inputs:
             raise ParameterError("inputs has no input_ids")
         if attention_mask is None:
@@ -338,16 +350,23 @@ def _checked_inputs(ids: object, attention_mask: Tensor | None) -> tuple[Tensor,
     return ids.long(), attention_mask.to(ids.device) != 0
 
 
-def _refuse(method: str, given: Mapping[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> None:
-    names = [k for k, v in given.items() if v is not None and v not in without_effect.get(k, ())]
-    if names:
-        raise UnsupportedError(f"{method}() does not support {', '.join(sorted(names))}")
+def _require_in_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise ParameterError for an id that no row of the embedding belongs to."""
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise ParameterError(
+            f"token id {int(outside[0])} is outside the model's vocabulary, 0 to {vocab_size - 1}"
+        )
 
 
 def _loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Average the cross entropy of each label under the logits one place before it."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ParameterError(f"labels must be a tensor of integers, got {kind}")
     if labels.shape != mask.shape:
         raise ParameterError(f"labels must have the shape of input_ids {tuple(mask.shape)}")
+    _require_in_vocabulary(labels[labels != -100], logits.shape[-1])
     seen = mask[:, :-1].to(logits.device)
     wanted = labels[:, 1:].to(logits.device).masked_fill(~seen, -100)
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten())

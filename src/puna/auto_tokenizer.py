@@ -8,10 +8,21 @@ chat, the strings of special tokens inside messages stay text (Transformers: `sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
-from puna.auto_encoding import UNLIMITED, BatchEncoding, Ids, Shape, Side, require_side, to_list, to_tensor
+from puna.auto_arguments import WithoutEffect, refuse
+from puna.auto_encoding import (
+    UNLIMITED,
+    BatchEncoding,
+    Ids,
+    Shape,
+    Side,
+    require_ids,
+    require_side,
+    to_list,
+    to_tensor,
+)
 from puna.errors import ParameterError, UnsupportedError
 from puna.text.chat import encode_chat, render_chat_text
 from puna.text.tokenizer import Tokenizer
@@ -19,7 +30,7 @@ from puna.text.tokenizer_config import read_json
 
 logger = logging.getLogger(__name__)
 
-_CALL_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_CALL_WITHOUT_EFFECT: WithoutEffect = {
     "is_split_into_words": (False,),
     "return_length": (False,),
     "return_offsets_mapping": (False,),
@@ -179,9 +190,12 @@ class PretrainedTokenizer:
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int]:
         """Return the id of a token, or of each; that of the unknown token, or None, for others."""
         if isinstance(tokens, str):
-            token_id = self.tokenizer.token_to_id(tokens)
-            return self.unk_token_id if token_id is None else token_id
-        return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+            return self._id(tokens)
+        return [self._id(token) for token in _texts(tokens)]  # type: ignore[misc]
+
+    def _id(self, token: str) -> int | None:
+        token_id = self.tokenizer.token_to_id(token)
+        return self.unk_token_id if token_id is None else token_id
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> str | list[str]:
         """Return the token of an id, or of each, as the vocabulary spells them."""
@@ -189,7 +203,7 @@ class PretrainedTokenizer:
         if isinstance(ids, int):
             return self.tokenizer.id_to_token(ids)
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        return [self.tokenizer.id_to_token(token_id) for token_id in ids if token_id not in skipped]
+        return [self.tokenizer.id_to_token(i) for i in require_ids(ids) if i not in skipped]
 
     def num_special_tokens_to_add(self) -> int:
         """Return how many tokens are put around a text."""
@@ -217,10 +231,8 @@ class PretrainedTokenizer:
         The strings of special tokens become those tokens, as in Transformers, unless `split_special_tokens`.
         Raises ParameterError where padding is asked for without a pad token, or tensors of unequal rows.
         """
-        _refuse("tokenizer", unsupported, _CALL_WITHOUT_EFFECT)
-        texts = [text] if isinstance(text, str) else list(text)
-        if wrong := [item for item in texts if not isinstance(item, str)]:
-            raise ParameterError(f"a text or a list of texts is needed, got {type(wrong[0]).__name__}")
+        refuse("tokenizer", unsupported, _CALL_WITHOUT_EFFECT)
+        texts = _texts(text)
         rows = [
             self.tokenizer.encode(item, add_special_tokens=False, parse_special=not split_special_tokens)
             for item in texts
@@ -278,38 +290,25 @@ class PretrainedTokenizer:
             raise UnsupportedError("sanitize_control_tokens=False: messages never become special tokens here")
         if return_assistant_tokens_mask:
             raise UnsupportedError("return_assistant_tokens_mask is not supported")
-        if any(callable(tool) for tool in tools or ()):
-            raise UnsupportedError("tools must be JSON schemas: functions are not turned into them")
         conversations, is_batch = _conversations(conversation)
-        if ours := {"template", "chat_format", "date"} & template_variables.keys():
-            raise ParameterError(f"apply_chat_template has no parameter {min(ours)!r}")
-        if not isinstance(continue_final_message, bool):
-            raise UnsupportedError(
-                f"continue_final_message must be True or False, got {continue_final_message!r}"
-            )
-        settings: dict[str, Any] = {
-            "tools": tools,
+        settings = {
+            **_chat_settings(tools, continue_final_message, template_variables),
             "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
             "template": self._template(chat_template),
             **({} if documents is None else {"documents": documents}),
-            **template_variables,
         }
         if not tokenize:
             texts = [render_chat_text(self.tokenizer, messages, **settings) for messages in conversations]
             return texts if is_batch else texts[0]
-        encoding = self._finish(
-            [encode_chat(self.tokenizer, messages, **settings) for messages in conversations],
-            **{
-                "is_batch": is_batch,
-                "padding": padding,
-                "truncation": truncation,
-                "max_length": max_length,
-                "return_tensors": return_tensors,
-                "add_special_tokens": False,
-                **(tokenizer_kwargs or {}),
-            },
-        )
+        shape = {
+            "padding": padding,
+            "truncation": truncation,
+            "max_length": max_length,
+            "return_tensors": return_tensors,
+            **(tokenizer_kwargs or {}),
+        }
+        rows = [encode_chat(self.tokenizer, messages, **settings) for messages in conversations]
+        encoding = self._finish(rows, **{"is_batch": is_batch, "add_special_tokens": False, **shape})
         return encoding if return_dict else encoding["input_ids"]
 
     def _template(self, asked: str | None) -> str | None:
@@ -376,13 +375,13 @@ class PretrainedTokenizer:
         ids = to_list(token_ids)
         if isinstance(ids, int):
             ids = [ids]
-        if ids and isinstance(ids[0], list | tuple):
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(require_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **settings: Any) -> list[str]:
         """Return the texts of a batch of ids."""
-        if len(sequences) == 0:
+        if isinstance(sequences, Sized) and len(sequences) == 0:
             return []
         texts = self.decode(sequences, skip_special_tokens, **settings)
         return [texts] if isinstance(texts, str) else texts
@@ -392,20 +391,52 @@ class PretrainedTokenizer:
         return self.tokenizer.stream(skip_special_tokens=skip_special_tokens)
 
 
-def _refuse(where: str, given: Mapping[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, value in given.items():
-        if name not in without_effect:
-            raise ParameterError(f"{where} has no parameter {name!r}")
-        if value is not None and value not in without_effect[name]:
-            raise UnsupportedError(f"{where} does not support {name}={value!r}")
+def _chat_settings(
+    tools: Sequence[Mapping[str, Any]] | None, continue_final_message: bool, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments for `encode_chat` that need a look first."""
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise ParameterError(f"tools must be a list of JSON schemas, got {type(tools).__name__}")
+    if any(callable(tool) for tool in tools or ()):
+        raise UnsupportedError("tools must be JSON schemas: functions are not turned into them")
+    if ours := {"template", "chat_format", "date"} & variables.keys():
+        raise ParameterError(f"apply_chat_template has no parameter {min(ours)!r}")
+    if not isinstance(continue_final_message, bool):
+        raise UnsupportedError(
+            f"continue_final_message must be True or False, got {continue_final_message!r}"
+        )
+    return {"tools": tools, "continue_final_message": continue_final_message, **variables}
+
+
+def _texts(given: object) -> list[str]:
+    """Return a text, or several in a list, as a list."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple):
+        raise ParameterError(f"a text or a list of texts is needed, got {type(given).__name__}")
+    if wrong := [item for item in texts if not isinstance(item, str)]:
+        raise ParameterError(
+            f"a text or a list of texts is needed, got a list with {type(wrong[0]).__name__}"
+        )
+    return list(texts)
 
 
 def _conversations(given: Sequence[Any]) -> tuple[list[list[dict[str, Any]]], bool]:
     """Return a list of conversations, and whether several were given; keys with None are dropped."""
+    if not isinstance(given, list | tuple):
+        raise ParameterError(f"a conversation is a list of messages, not {type(given).__name__}")
     if not given:
         raise ParameterError("the conversation is empty: a chat template needs at least one message")
     is_batch = isinstance(given[0], list | tuple)
     conversations = given if is_batch else [given]
+    for messages in conversations:
+        if not isinstance(messages, list | tuple):
+            raise ParameterError(f"in a batch each conversation is a list, not {type(messages).__name__}")
+        for message in messages:
+            if not isinstance(message, Mapping):
+                kind = type(message).__name__
+                raise ParameterError(
+                    f"a message is a dict with role and content, not {kind}: {message!r:.80}"
+                )
     return [
         [{key: value for key, value in message.items() if value is not None} for message in messages]
         for messages in conversations

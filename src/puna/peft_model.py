@@ -1,7 +1,8 @@
 """The PEFT-style door: `get_peft_model` and `PeftModel`, over a `Llama` or the Transformers-style model.
 
 Names, defaults and the printed line are those of PEFT 0.21; the work is done in `puna.model.lora` and
-`puna.weights.adapter`. What the wrapped model can do (generate, config, ...) it can do through the wrapper.
+`puna.weights.adapter_files`. What the wrapped model can do (generate, config, ...) it can do through the
+wrapper.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from puna.model.lora_combine import KINDS, combined_config, fill_combined
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
 from puna.model.lora_switch import SavedModule, TrainableTokens
-from puna.weights.adapter import write_adapter, write_text
+from puna.weights.adapter_files import write_adapter, write_text
 from puna.weights.adapter_import import read_any_adapter
 from puna.weights.files import list_names
-from puna.weights.packed_size import num_packed
+from puna.weights.quant import num_packed
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,9 @@ It adds what the engine does not know: words as ids, stop strings, grammars over
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from puna.engine.llm_engine import EngineConfig, LLMEngine
@@ -18,8 +20,21 @@ from puna.text.grammar import GrammarCompiler, TokenGrammar
 from puna.text.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedRequest:
+    """A request as the engine takes it; it can be added once, for a grammar follows one answer."""
+
+    text: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    grammar: TokenGrammar | None
+
+
 class TextEngine:
-    """Run requests of text or ids on one model. Not safe to use from several threads at once."""
+    """Run requests of text or ids on one model.
+
+    Not safe to use from several threads at once, but for `prepare`.
+    """
 
     def __init__(
         self,
@@ -36,18 +51,33 @@ class TextEngine:
             model,
             config,
             end_ids=self.end_ids,
-            compile_grammar=self._compile_grammar,
             proposer=proposer,
             num_token_ids=min(tokenizer.vocab_size, model.config.vocab_size),
         )
         self._special_ids = frozenset(tokenizer.special_tokens.values())
         self._requests: dict[str, RequestOutputs] = {}
         self._compiler: GrammarCompiler | None = None
+        self._compiler_lock = threading.Lock()
 
     @property
     def has_unfinished(self) -> bool:
         """Say whether `step` has anything to do."""
         return self.engine.has_unfinished
+
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> PreparedRequest:
+        """Do what takes long before a request can be added: encode its texts, compile its grammar.
+
+        Any thread may call it, also during a step. Raises ParameterError as `add` does.
+        """
+        params = dataclasses.replace(params)  # checked anew: fields may have been changed
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if params.bad_words:
+            params.bad_words_token_ids = [ids for word in params.bad_words for ids in self._word_ids(word)]
+        self.engine.check(ids, params)
+        wanted = params.structured_outputs
+        grammar = None if wanted is None else self._compile_grammar(wanted)
+        text = prompt if isinstance(prompt, str) else None
+        return PreparedRequest(text=text, token_ids=ids, params=params, grammar=grammar)
 
     def add(
         self,
@@ -64,15 +94,24 @@ class TextEngine:
         `continues` says whether the answer goes on in the middle of a text; by default it does where the
         prompt holds more than special tokens.
         """
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if params.bad_words:
-            words = [ids for word in params.bad_words for ids in self._word_ids(word)]
-            params = dataclasses.replace(params, bad_words_token_ids=words)
-        self.engine.add(request_id, ids, params, priority=priority, salt=salt)
+        prepared = self.prepare(prompt, params)
+        return self.add_prepared(request_id, prepared, priority=priority, salt=salt, continues=continues)
+
+    def add_prepared(
+        self,
+        request_id: str,
+        request: PreparedRequest,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        continues: bool | None = None,
+    ) -> RequestOutputs:
+        """Queue what `prepare` returned; see `add`."""
+        ids, params = request.token_ids, request.params
+        self.engine.add(request_id, ids, params, priority=priority, salt=salt, grammar=request.grammar)
         if continues is None:
             continues = not self._special_ids.issuperset(ids)
-        outputs = RequestOutputs(request_id, text, self.tokenizer, params.n, continues=continues)
+        outputs = RequestOutputs(request_id, request.text, self.tokenizer, params.n, continues=continues)
         self._requests[request_id] = outputs
         return outputs
 
@@ -108,9 +147,10 @@ class TextEngine:
         return [plain] if plain else []
 
     def _compile_grammar(self, wanted: StructuredOutputsParams) -> TokenGrammar:
-        if self._compiler is None:
-            vocab_size = self.engine.model.config.vocab_size
-            self._compiler = GrammarCompiler(self.tokenizer, self.end_ids, vocab_size)
+        with self._compiler_lock:
+            if self._compiler is None:
+                vocab_size = self.engine.model.config.vocab_size
+                self._compiler = GrammarCompiler(self.tokenizer, self.end_ids, vocab_size)
         arguments: dict[str, Any] = {
             "json_schema": {"type": "object"} if wanted.json_object else wanted.json,
             "regex": wanted.regex,

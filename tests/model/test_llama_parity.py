@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puna.engine.kv_cache import CachedAttention, KVCache
+from puna.engine.paged_cache import PagedAttention, PagedKVCache
 from puna.model import Llama, PackedAttention
 
 from tiny import hf_llama, hf_llama4, puna_twin
@@ -112,12 +112,13 @@ def _compare_cached(theirs: Any, ours: Llama, ids: Tensor) -> None:
     """Feed the ids in uneven steps to both caches: 11 (a prompt), 6 (a continued prompt), then one by one."""
     from transformers import DynamicCache
 
-    mine, their_cache = KVCache(ours.config, dtype=torch.float32), DynamicCache(config=theirs.config)
+    their_cache = DynamicCache(config=theirs.config)
+    mine = PagedKVCache(ours.config, num_blocks=6, block_size=8, dtype=torch.float32)
+    table = [4, 1, 2, 0, 5, 3]
+    assert len(ids) <= 48
     for start, end in _steps(len(ids)):
         part, positions = ids[start:end], torch.arange(start, end)
-        attention = CachedAttention([mine], [end - start])
-        got = ours(part, positions, attention)
-        attention.advance(part.tolist())
+        got = ours(part, positions, PagedAttention(mine, [table], [start], [end - start]))
         with torch.no_grad():
             want = theirs(part[None], past_key_values=their_cache, position_ids=positions[None]).logits[0]
         torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)

@@ -96,6 +96,7 @@ def test_mlx_dora(network: Llama, tmp_path: Path) -> None:
     tensors = {f"{name}.lora_a": a, f"{name}.lora_b": b, f"{name}.m": m}
     write_mlx(tmp_path, tensors, fine_tune_type="dora")
     weight = network.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
     adapted = weight + 20.0 * (b.T @ a.T)
     x = draw(5, WIDTH)
     expected = (m / adapted.norm(dim=1)) * (x @ adapted.T)

@@ -18,7 +18,8 @@ from puna.errors import CheckpointError, ConfigError, UnsupportedError
 from puna.gguf_header import GGMLType
 from puna.model import Llama, LlamaConfig, PackedAttention
 from puna.weights.gguf import GgufFile, open_gguf, read_metadata
-from puna.weights.quant import QuantTensor, swap_in
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import swap_in
 
 from tiny import hf_llama, hf_llama4, puna_twin
 
@@ -229,6 +230,7 @@ def test_quantised_rows_are_put_back_byte_by_byte(tmp_path: Path, kind: Any) -> 
             assert np.array_equal(value.data.numpy(), packed(weight, kind)), name
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_a_quantised_model_computes_what_its_dequantised_twin_does(tmp_path: Path) -> None:
     model = make_llama(tie_word_embeddings=True)
     path = write(tmp_path / "m.gguf", model.config, as_converted(model.state_dict(), model.config), Q8_0)
@@ -286,6 +288,7 @@ def test_llama4_comes_back(tmp_path: Path) -> None:
     assert (config.moe_layers, config.nope_layers) == ((1, 3), (3,))
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_quantised_experts_stay_packed(tmp_path: Path) -> None:
     model = make_llama4()
     tensors = as_converted(model.state_dict(), model.config)

@@ -20,9 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError
+from puna.gguf_header import GGMLType
 from puna.model import Llama, LlamaConfig, PackedAttention
 from puna.weights.loader import load_model, open_checkpoint
-from puna.weights.quant import GGMLType, QuantEmbedding, QuantExperts, QuantLinear, QuantTensor
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import QuantEmbedding, QuantExperts, QuantLinear
 
 from tiny import hf_llama, hf_llama4, puna_twin
 
@@ -211,6 +213,7 @@ def test_progress_ends_at_the_size_of_the_checkpoint(stories: Path, monkeypatch:
 # -------------------------------------------------------------------------------------------- packed weights
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_packed_weights_replace_modules_and_compute_what_they_hold(twin: Llama) -> None:
     state = twin.state_dict()
     wide = {name for name, t in state.items() if t.dim() == 2 and t.shape[1] % 32 == 0}
@@ -248,6 +251,7 @@ def packed_experts(state: State, leave_out: str = "") -> list[tuple[str, Any]]:
     return [(name, value) for name, value in tensors if name != leave_out]
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_packed_experts_are_accounted_for_one_by_one() -> None:
     twin = puna_twin(hf_llama4(intermediate_size=96))
     model = load_model(stream(twin.config, packed_experts(twin.state_dict())))
@@ -257,6 +261,17 @@ def test_packed_experts_are_accounted_for_one_by_one() -> None:
         absent = f"model.layers.1.feed_forward.experts.{half}_proj"
         with pytest.raises(CheckpointError, match=f"config; missing: {absent}$"):
             load_model(stream(twin.config, packed_experts(twin.state_dict(), leave_out=absent)))
+
+
+def test_packed_experts_of_a_wrong_shape_are_named() -> None:
+    twin = puna_twin(hf_llama4(intermediate_size=96))
+    name = "model.layers.1.feed_forward.experts.up_proj"
+    tensors = [
+        (n, packed(torch.ones(4, 64, 64)) if n == name else t) for n, t in packed_experts(twin.state_dict())
+    ]
+    reason = rf"of the wrong shape: {name} \(expected the shape \[4, 96, 64\], got \[4, 64, 64\] \(Q8_0\)\)$"
+    with pytest.raises(CheckpointError, match=reason):
+        load_model(stream(twin.config, tensors))
 
 
 def test_packed_weights_of_a_wrong_shape_or_place_are_named(twin: Llama) -> None:
@@ -272,7 +287,8 @@ def test_packed_weights_of_a_wrong_shape_or_place_are_named(twin: Llama) -> None
 def test_a_norm_cannot_be_packed(moe_twin: Llama) -> None:
     tensors = [*moe_twin.state_dict().items()]
     tensors = [(n, packed(t) if n == "model.norm.weight" else t) for n, t in tensors]
-    with pytest.raises(CheckpointError, match="model.norm.weight"):
+    reason = r"config; unexpected: model.norm.weight \(RMSNorm.weight cannot hold Q8_0 blocks\)$"
+    with pytest.raises(CheckpointError, match=reason):
         load_model(stream(moe_twin.config, tensors))
 
 

@@ -35,49 +35,59 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+# The options of `puna run`, in the order of its help.
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", hidden=True)]
+Prompt = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", hidden=True)]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="How the model is to behave.")]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="How bold the choice is; 0: the likeliest, always.")
+]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="Choose among the likeliest that sum to P.")]
+MinP = Annotated[
+    float | None, typer.Option(metavar="P", help="Leave out what is below P times the likeliest.")
+]
+RepeatPenalty = Annotated[float | None, typer.Option(metavar="X", help="Weaken tokens already seen; 1: off.")]
+PresencePenalty = Annotated[float | None, typer.Option(metavar="X", help="Weaken tokens already written.")]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Weaken tokens by how often they were written.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same text.")]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer, in tokens.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End an answer before TEXT; can be repeated.")
+]
+ChatFormat = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="llama2, llama3, llama3.1, ..., llama4: not the model's own."),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Use no chat format: continue the text.")]
+ComputeDtype = Annotated[Dtype, typer.Option(metavar="TYPE", help="Compute in float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Compute on cpu, cuda, cuda:1, ...")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print timings after each answer.")]
+NoWordWrap = Annotated[bool, typer.Option("--nowordwrap", help="Do not break lines between words.")]
+
+
 def run(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", hidden=True)] = None,
-    prompt: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", hidden=True)] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="How the model is to behave.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="How bold the choice is; 0: the likeliest, always.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Choose among the likeliest that sum to P.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Leave out what is below P times the likeliest.")
-    ] = None,
-    repeat_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Weaken tokens already seen; 1: off.")
-    ] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Weaken tokens already written.")
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Weaken tokens by how often they were written.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same text.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest answer, in tokens.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End an answer before TEXT; can be repeated.")
-    ] = None,
-    chat_format: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="llama2, llama3, llama3.1, ..., llama4: not the model's own."),
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Use no chat format: continue the text.")] = False,
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="Compute in float32, bfloat16 or float16.")
-    ] = Dtype.auto,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Compute on cpu, cuda, cuda:1, ...")] = "cpu",
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print timings after each answer.")] = False,
-    nowordwrap: Annotated[
-        bool, typer.Option("--nowordwrap", help="Do not break lines between words.")
-    ] = False,
+    model: Model = None,
+    prompt: Prompt = None,
+    system: System = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repeat_penalty: RepeatPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    chat_format: ChatFormat = None,
+    raw: Raw = False,
+    dtype: ComputeDtype = Dtype.auto,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+    nowordwrap: NoWordWrap = False,
 ) -> None:
     """Chat with a model, or let it answer one prompt.
 
@@ -103,23 +113,24 @@ def run(
     )
     if raw and (system is not None or chat_format is not None):
         raise typer.BadParameter("--raw uses no chat format: it goes with neither --system nor --chat-format")
-    terminal = Terminal.standard()
-    with terminal.busy(f"loading {path.name}"):
-        from puna.cli.chat_state import ChatState, ModelOptions  # these import torch, which takes its time
-
-        state = ChatState(
-            terminal,
-            ModelOptions(dtype=dtype.value, device=device, chat_format=chat_format, raw=raw),
-            sampling=sampling,
-            system=system,
-            verbose=verbose,
-            wordwrap=not nowordwrap,
-        )
-        state.load(path)
+    options = {"dtype": dtype.value, "device": device, "chat_format": chat_format, "raw": raw}
+    shown = {"verbose": verbose, "wordwrap": not nowordwrap}
+    state = _load(path, options, sampling=sampling, system=system, **shown)
     if text is None:
         _talk(state)
     else:
         _answer_once(state, text)
+
+
+def _load(path: Path, options: dict[str, Any], **settings: Any) -> ChatState:
+    """Load the model; shows that it takes its time."""
+    terminal = Terminal.standard()
+    with terminal.busy(f"loading {path.name}"):
+        from puna.cli.chat_state import ChatState, ModelOptions  # these import torch, which takes its time
+
+        state = ChatState(terminal, ModelOptions(**options), **settings)
+        state.load(path)
+    return state
 
 
 def _talk(state: ChatState) -> None:

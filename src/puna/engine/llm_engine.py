@@ -11,10 +11,9 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from puna.engine.paged_cache import PagedKVCache, bytes_per_block
 from puna.engine.request import FinishReason, Grammar, Sequence
 from puna.engine.runner import Runner
 from puna.engine.sampler import logprobs_of, sample
-from puna.engine.sampling import SamplingParams, StructuredOutputsParams
+from puna.engine.sampling import SamplingParams
 from puna.engine.scheduler import Batch, Scheduler, SchedulerConfig
 from puna.engine.speculative import Proposer
 from puna.errors import ParameterError
@@ -94,7 +93,7 @@ class EngineStats:
     accepted_tokens: int = 0
     last_batch_size: int = 0
     last_batch_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
+    finished: dict[str, int] = field(default_factory=dict)  # sequences, by finish reason
 
 
 class LLMEngine:
@@ -106,7 +105,6 @@ class LLMEngine:
         config: EngineConfig | None = None,
         *,
         end_ids: frozenset[int] = frozenset(),
-        compile_grammar: Callable[[StructuredOutputsParams], Grammar] | None = None,
         proposer: Proposer | None = None,
         num_token_ids: int | None = None,
     ) -> None:
@@ -122,12 +120,11 @@ class LLMEngine:
             )
         self.stats = EngineStats()
         self._num_token_ids = num_token_ids or model.config.vocab_size
-        self._compile_grammar = compile_grammar
         self._proposer = proposer
         self._sequences: dict[str, list[Sequence]] = {}
         self._seeds = None if self.config.seed is None else random.Random(self.config.seed)
         cache, self.pool = self._make_cache()
-        self.runner = Runner(model, cache)
+        self.runner = Runner(model, cache, None if proposer is None else proposer.follow)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 block_size=self.config.block_size,
@@ -154,10 +151,12 @@ class LLMEngine:
         *,
         priority: int = 0,
         salt: bytes = b"",
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request. `salt` keeps its cached blocks apart from those of other salts.
 
-        Raises ParameterError when it could never run: too long, an id outside the vocabulary, a bad grammar.
+        `grammar` is what the structured outputs of `params` were compiled to, by whoever has a tokenizer.
+        Raises ParameterError when it could never run: too long, or an id outside the vocabulary.
         """
         if request_id in self._sequences:
             raise ParameterError(f"a request {request_id!r} is running already")
@@ -167,11 +166,8 @@ class LLMEngine:
         params = dataclasses.replace(params, seed=seed)  # checked anew: fields may have been changed
         self.check(prompt_ids, params)
         room = self.max_model_len - len(prompt_ids)
-        grammar = None
-        if params.structured_outputs is not None:
-            if self._compile_grammar is None:
-                raise ParameterError("structured_outputs need an engine with a tokenizer")
-            grammar = self._compile_grammar(params.structured_outputs)
+        if params.structured_outputs is not None and grammar is None:
+            raise ParameterError("structured_outputs need an engine with a tokenizer")
         sequence = Sequence(
             request_id,
             prompt_ids,
@@ -236,6 +232,7 @@ class LLMEngine:
             "acceptance_rate": self.stats.accepted_tokens / drafted if drafted else 0.0,
             "last_batch_size": self.stats.last_batch_size,
             "last_batch_tokens": self.stats.last_batch_tokens,
+            **{f"finished_{reason}": self.stats.finished.get(reason, 0) for reason in get_args(FinishReason)},
         }
 
     def _take_tokens(self, batch: Batch, hidden: list[Tensor]) -> list[SequenceOutput]:
@@ -317,14 +314,19 @@ class LLMEngine:
         return children
 
     def _propose(self, proposer: Proposer) -> None:
-        """Let the proposer guess on for the sequences that decode."""
-        decoding = [
-            s
-            for s in self.scheduler.running
-            if s.num_computed == s.num_tokens - 1 and not s.pending_forks  # forks share all blocks
-        ]
-        for sequence, drafts in zip(decoding, proposer.propose(decoding), strict=True):
-            sequence.drafts = drafts[: max(sequence.max_tokens - sequence.num_output - 1, 0)]
+        """Let the proposer guess on for the sequences that decode, where blocks for it are free."""
+        sequences: list[Sequence] = []
+        limits: list[int] = []
+        for sequence in self.scheduler.running:
+            if sequence.num_computed < sequence.num_tokens - 1 or sequence.pending_forks:
+                continue  # it reads its prompt
+            room = sequence.max_tokens - sequence.num_output - 1
+            limit = min(proposer.num_speculative_tokens, room)
+            if limit > 0 and self.scheduler.reserve(sequence, 1 + limit):
+                sequences.append(sequence)
+                limits.append(limit)
+        for sequence, drafts in zip(sequences, proposer.propose(sequences, limits), strict=True):
+            sequence.drafts = drafts
 
     def _drop(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -370,7 +372,8 @@ class LLMEngine:
         config, size = self.config, self.config.block_size
         weight = self.model.model.norm.weight
         dtype = weight.dtype if config.kv_cache_dtype == "auto" else _KV_DTYPES[config.kv_cache_dtype]
-        block_bytes = bytes_per_block(self.model.config, size, dtype)
+        draft_bytes = 0 if self._proposer is None else self._proposer.bytes_per_block(size)
+        block_bytes = bytes_per_block(self.model.config, size, dtype) + draft_bytes
         budget = config.kv_cache_memory_bytes
         if config.num_blocks is not None:
             budget = config.num_blocks * block_bytes
@@ -390,8 +393,14 @@ class LLMEngine:
             )
             self.max_model_len = num_blocks * size
         logger.info(
-            "cache: %d blocks of %d tokens, %.2f GiB", num_blocks, size, num_blocks * block_bytes / 2**30
+            "cache: %d blocks of %d tokens, %.2f GiB, of which %.2f for the draft model",
+            num_blocks,
+            size,
+            num_blocks * block_bytes / 2**30,
+            num_blocks * draft_bytes / 2**30,
         )
+        if self._proposer is not None:
+            self._proposer.make_cache(num_blocks, size)
         cache = PagedKVCache(
             self.model.config, num_blocks=num_blocks, block_size=size, dtype=dtype, device=weight.device
         )

@@ -62,8 +62,10 @@ class PagedAttention:
         block_tables: Sequence[Sequence[int]],
         starts: Sequence[int],
         counts: Sequence[int],
+        prompt_lengths: Sequence[int] | None = None,
     ) -> None:
         self.cache = cache
+        self.prompt_lengths = prompt_lengths
         self.block_tables = block_tables
         self.starts = starts
         self.counts = counts
@@ -86,9 +88,16 @@ class PagedAttention:
         return out
 
     def lengths(self) -> Tensor:
-        """See `puna.model.Attention`."""
-        totals = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        return torch.tensor(totals).repeat_interleave(torch.tensor(self.counts))
+        """See `puna.model.Attention`. With prompt_lengths it does not matter how a sequence is cut:
+
+        a token of the prompt counts the whole prompt, one behind it everything up to itself.
+        """
+        if self.prompt_lengths is None:
+            totals = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+            return torch.tensor(totals).repeat_interleave(torch.tensor(self.counts))
+        rows = zip(self.starts, self.counts, self.prompt_lengths, strict=True)
+        ends = [torch.arange(start + 1, start + count + 1).clamp(min=prompt) for start, count, prompt in rows]
+        return torch.cat(ends)
 
     def _slots(self) -> list[int]:
         size = self.cache.block_size

@@ -96,6 +96,7 @@ class Sequence:
         self.num_cached = 0  # of the prompt, found in the prefix cache when first scheduled
         self.num_preemptions = 0
         self.drafts: list[int] = []  # guesses behind token_ids, to be verified
+        self.num_draft_computed = 0  # tokens whose keys and values the draft model has in the same blocks
         self.pending_forks = params.n - 1 if index == 0 else 0
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
@@ -161,7 +162,7 @@ class Sequence:
         child.block_table = list(self.block_table)
         child.block_hashes = list(self.block_hashes)
         child.num_computed, child.num_cached = self.num_computed, self.num_cached
-        child.num_remembered = self.num_remembered
+        child.num_remembered, child.num_draft_computed = self.num_remembered, self.num_draft_computed
         child.logprobs, child.cumulative_logprob = list(self.logprobs), self.cumulative_logprob
         child.prompt_logprobs = self.prompt_logprobs
         return child

@@ -6,7 +6,7 @@ Logits are computed for few rows at a time, since a row is as wide as the vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -23,9 +23,13 @@ _LOGIT_ROWS = 128
 class Runner:
     """Run the model over the batches of a scheduler."""
 
-    def __init__(self, model: Llama, cache: PagedKVCache) -> None:
+    def __init__(
+        self, model: Llama, cache: PagedKVCache, follow: Callable[[Batch], None] | None = None
+    ) -> None:
+        """Take what must be told of every batch, before its tokens count as computed."""
         self.model = model
         self.cache = cache
+        self.follow = follow
         self.device = model.model.norm.weight.device
 
     def run(self, batch: Batch) -> list[Tensor]:
@@ -54,6 +58,8 @@ class Runner:
             self._attention(batch),
             torch.tensor(select, dtype=torch.long, device=self.device),
         )
+        if self.follow is not None:
+            self.follow(batch)
         return list(hidden.split(rows))  # type: ignore[no-untyped-call]
 
     def logits(self, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
@@ -65,7 +71,8 @@ class Runner:
     def _attention(self, batch: Batch) -> PagedAttention:
         tables = [sequence.block_table for sequence in batch.sequences]
         starts = [sequence.num_computed for sequence in batch.sequences]
-        return PagedAttention(self.cache, tables, starts, batch.counts)
+        prompts = [len(sequence.prompt_ids) for sequence in batch.sequences]
+        return PagedAttention(self.cache, tables, starts, batch.counts, prompts)
 
 
 def rows_needed(sequence: Sequence, count: int) -> int:

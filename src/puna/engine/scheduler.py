@@ -96,6 +96,15 @@ class Scheduler:
             self._admit(batch)
         return batch
 
+    def reserve(self, sequence: Sequence, count: int) -> bool:
+        """Give a running sequence the blocks for `count` more tokens, if that takes them from nobody.
+
+        False, and nothing done, when blocks are short or the next one to be written has another holder.
+        """
+        missing = -(-(sequence.num_computed + count) // self.config.block_size) - len(sequence.block_table)
+        short = missing > 0 and missing + len(self.running) > self.pool.num_free
+        return not short and not self._copy_needed(sequence) and self._make_room(Batch(), sequence, count)
+
     def computed(self, sequence: Sequence, num_computed: int) -> None:
         """Note how many tokens have keys and values now; full blocks can be found from here on."""
         sequence.num_computed = num_computed
@@ -183,6 +192,7 @@ class Scheduler:
             sequence.block_table = list(found)
             sequence.num_computed = len(found) * self.config.block_size
             sequence.num_remembered = len(found)
+            sequence.num_draft_computed = sequence.num_computed
         if first_time:
             sequence.times.scheduled = time.monotonic()
             sequence.num_cached = sequence.num_computed
@@ -228,7 +238,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed = sequence.num_remembered = 0
+        sequence.num_computed = sequence.num_remembered = sequence.num_draft_computed = 0
         sequence.drafts = []
 
 

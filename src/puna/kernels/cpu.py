@@ -57,9 +57,15 @@ def num_threads() -> int:
     return _cpu.num_threads()
 
 
-def can_pack(kind: int, columns: int) -> bool:
-    """Say whether there is a kernel for rows of `columns` values in blocks of ggml's type `kind`."""
-    return kind in _BLOCKS and columns > 0 and columns % _BLOCKS[kind][0] == 0
+def can_pack(rows: Tensor, kind: int) -> bool:
+    """Say whether there is a kernel for packed rows, uint8 (rows, row_bytes), of ggml's type `kind`."""
+    known = kind in _BLOCKS and rows.device.type == "cpu" and rows.ndim == 2 and rows.numel() > 0
+    return known and rows.shape[1] % _BLOCKS[kind][1] == 0
+
+
+def takes(x: Tensor) -> bool:
+    """Say whether the kernels take these activations: on the CPU, float32, float16 or bfloat16."""
+    return x.device.type == "cpu" and x.dtype in _DTYPE_CODES and x.numel() > 0
 
 
 class TiledWeight:
@@ -85,6 +91,10 @@ class TiledWeight:
         weight = cls(tiles, kind, (count, row_bytes // size * block))
         weight.matrix.pack(rows.contiguous())
         return weight
+
+    def __reduce__(self) -> tuple[type[TiledWeight], tuple[Tensor, int, tuple[int, int]]]:
+        """Copy and pickle by the tiles: what is compiled cannot be."""
+        return TiledWeight, (self.tiles, self.kind, self.shape)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the packed rows with these numbers, (len(index), row_bytes), as `pack` was given them."""

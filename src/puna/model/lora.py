@@ -241,12 +241,16 @@ def _untie(network: Llama, adapters: list[str]) -> None:
 
 
 def _candidates(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that may be adapted: not the root, nothing inside an adapter."""
+    """Yield the modules that may be adapted: not the root, nothing inside an adapter or a packed weight."""
     inside: tuple[str, ...] = ()
     for name, module in list(network.named_modules()):
         if not name or name.startswith(inside or ("\n",)):
             continue
-        if isinstance(module, AdapterModule):
+        if (
+            isinstance(module, AdapterModule)
+            or hasattr(type(module), "quantized")
+            or name.endswith(".experts")
+        ):
             inside = (*inside, f"{name}.")
         yield name, module
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError, UnsupportedError
 from puna.model.config import LlamaConfig
 from puna.model.lora_config import LoraConfig
-from puna.weights.adapter import (
+from puna.weights.adapter_files import (
     CONFIG_FILE,
     OLD_WEIGHTS_FILE,
     WEIGHTS_FILE,
@@ -195,7 +195,7 @@ def _split_qkv(
     if name.endswith("lora_A") and parts and value.shape[0] % len(parts) == 0:
         return dict(zip(parts, value.chunk(len(parts)), strict=True))
     if name.endswith("lora_B") and value.shape[0] == sum(sizes.values()):
-        return dict(zip(parts, value.split(list(sizes.values())), strict=True))
+        return dict(zip(parts, torch.split(value, list(sizes.values())), strict=True))
     raise CheckpointError(file.path, f"{name} has {value.shape[0]} rows, which does not fit {parts}")
 
 

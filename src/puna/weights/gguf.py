@@ -29,7 +29,7 @@ from puna.gguf_header import GGMLType, GgufHeader, TensorInfo, Value, read_heade
 from puna.gguf_header import read_metadata as read_metadata
 from puna.model.config import LlamaConfig
 from puna.weights.dequantize import require_supported
-from puna.weights.quant import QuantTensor
+from puna.weights.packed_matrix import QuantTensor
 
 _FLOATS = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 # Not in Python's mmap before 3.13. Without it Linux may refuse a private map that is larger than the memory.

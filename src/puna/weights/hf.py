@@ -51,15 +51,16 @@ class HfCheckpoint:
 
     format: Literal["hf"] = "hf"
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, use_safetensors: bool | None = None) -> None:
         """Read the config and every header, and check them against the index.
 
-        Raises ConfigError, CheckpointError, ModelNotFoundError, UnsupportedError (quantised; not a Llama).
+        `use_safetensors` is as for `weight_files`. Raises ConfigError, CheckpointError, ModelNotFoundError,
+        UnsupportedError (quantised; not a Llama).
         """
         self.path = Path(folder)
         self.skipped: list[str] = []
         self.config = _read_config(self.path)
-        self._files = _open_weight_files(self.path)
+        self._files = _open_weight_files(self.path, weight_files(use_safetensors))
         self._plan = _Plan.of(self._files, self.config)
         _require_floats(self.path, self._plan)
         self.total_bytes = sum(source.stored.num_bytes for source in self._plan.used())
@@ -244,15 +245,20 @@ def _require_floats(folder: Path, plan: _Plan) -> None:
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def _open_weight_files(folder: Path) -> list[TensorFile]:
-    for name in WEIGHT_FILES:
+def weight_files(use_safetensors: bool | None) -> tuple[str, ...]:
+    """Return the names that weights may have, best first: only safetensors (True), only .bin (False), any."""
+    return {None: WEIGHT_FILES, True: WEIGHT_FILES[:2], False: WEIGHT_FILES[2:]}[use_safetensors]
+
+
+def _open_weight_files(folder: Path, names: tuple[str, ...]) -> list[TensorFile]:
+    for name in names:
         path = folder / name
         if not path.exists():
             continue
         if name.endswith(".index.json"):
             return _open_shards(path)
         return [_open(path)]
-    raise ModelNotFoundError(f"{folder}: no weights: looked for {', '.join(WEIGHT_FILES)}")
+    raise ModelNotFoundError(f"{folder}: no weights: looked for {', '.join(names)}")
 
 
 def _open(path: Path) -> TensorFile:

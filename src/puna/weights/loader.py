@@ -27,7 +27,8 @@ from puna.weights.files import list_names
 from puna.weights.gguf import open_gguf
 from puna.weights.hf import WEIGHT_FILES, HfCheckpoint
 from puna.weights.meta import MetaCheckpoint, list_shards
-from puna.weights.quant import QuantTensor, swap_in
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quant import ShapeError, swap_in
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,12 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, *, use_safetensors: bool | None = None) -> Checkpoint:
     """Open a folder in one of the three formats, or a `.gguf` file, after its config and headers are checked.
 
-    Raises ModelNotFoundError, CheckpointError, ConfigError, UnsupportedError.
+    `use_safetensors` says which weights a Hugging Face folder must have: safetensors (True; other formats
+    have none), .bin files (False), or the first of both that is there (None). Raises ModelNotFoundError,
+    CheckpointError, ConfigError, UnsupportedError.
     """
     path = Path(path)
     try:
@@ -63,17 +66,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a NUL, of no user (~x)
         raise ModelNotFoundError(f"{str(path)!r}: {error}") from error
     if is_folder:
-        return _open_folder(path)
+        return _open_folder(path, use_safetensors)
     if not is_file:
         raise ModelNotFoundError(f"{path}: no such file or folder")
     if is_gguf(path):
+        _require_other_than_safetensors(path, use_safetensors)
         return open_gguf(path)
     if path.suffix in (".safetensors", ".pth", ".bin", ".json"):
         raise CheckpointError(path, f"is one file of a checkpoint: give its folder, {path.parent}")
     raise CheckpointError(path, "is not a checkpoint: give a folder or a .gguf file")
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, use_safetensors: bool | None) -> Checkpoint:
     hf_files = [name for name in WEIGHT_FILES if (folder / name).exists()]
     has_config, has_params = (folder / "config.json").exists(), (folder / "params.json").exists()
     shards = list_shards(folder)
@@ -89,12 +93,19 @@ def _open_folder(folder: Path) -> Checkpoint:
             folder, f"holds several models: {list_names(choices)}; give a .gguf file, or a folder of one"
         )
     if found["Hugging Face"]:
-        return HfCheckpoint(folder)
+        return HfCheckpoint(folder, use_safetensors=use_safetensors)
+    if choices:
+        _require_other_than_safetensors(folder, use_safetensors)
     if found["Meta"]:
         return MetaCheckpoint(folder)
     if ggufs:
         return open_gguf(ggufs[0])
     raise ModelNotFoundError(_what_is_missing(folder, hf_files, bool(shards)))
+
+
+def _require_other_than_safetensors(path: Path, use_safetensors: bool | None) -> None:
+    if use_safetensors:
+        raise ModelNotFoundError(f"{path}: use_safetensors=True, but this model is not in safetensors files")
 
 
 def _what_is_missing(folder: Path, hf_files: list[str], has_shards: bool) -> str:
@@ -230,11 +241,10 @@ class _Filling:
     def _put_packed(self, name: str, value: QuantTensor) -> None:
         try:
             swap_in(self.model, name, value.to(self.device))
-        except ValueError as error:
-            if name in self.expected:
-                self.misshapen.append(f"{name} ({error})")
-            else:
-                self.unexpected.append(name)
+        except ShapeError as error:
+            self.misshapen.append(f"{name} ({error})")
+        except ValueError as error:  # nothing there takes packed weights
+            self.unexpected.append(f"{name} ({error})" if name in self.expected else name)
 
     def _note_shape(self, name: str, value: Tensor) -> None:
         wanted = list(self.expected[name])
