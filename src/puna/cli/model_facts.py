@@ -102,7 +102,10 @@ def count_parameters(config: LlamaConfig) -> tuple[int, int]:
 def _quantization(checkpoint: Checkpoint) -> tuple[str, dict[str, int]]:
     """Return the name of a quantisation, and for a GGUF how many tensors have which type."""
     from puna.weights.gguf import GgufCheckpoint
+    from puna.weights.hf import HfCheckpoint
 
+    if isinstance(checkpoint, HfCheckpoint) and checkpoint.packed.kind is not None:
+        return checkpoint.packed.kind, {}
     if not isinstance(checkpoint, GgufCheckpoint):
         name = str(checkpoint.dtype).removeprefix("torch.")
         return _DTYPES.get(name, name.upper()), {}

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ QuantType = Literal["nf4", "fp4"]
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _TINY = 1e-38  # stands for the scale of a block of zeros
 _NF4 = (
     -1.0,
@@ -75,6 +76,11 @@ class FourBitTensor:
         nested = self.nested_absmax.repeat_interleave(_NESTED_BLOCK)[: self.absmax.numel()]
         return dynamic_code().to(nested.device)[self.absmax.long()] * nested + self.nested_offset
 
+    def to(self, device: torch.device | str) -> FourBitTensor:
+        """Return the same values on another device."""
+        nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
+        return replace(self, data=self.data.to(device), absmax=self.absmax.to(device), nested_absmax=nested)
+
     def saved_tensors(self) -> dict[str, Tensor]:
         """Return what bitsandbytes saves, by what follows the weight's name ("" is the weight)."""
         state: dict[str, Any] = {
@@ -94,33 +100,59 @@ class FourBitTensor:
 
     @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor]) -> FourBitTensor:
-        """Read what bitsandbytes saved, keys as in `saved_tensors`. Raises UnsupportedError by name."""
-        keys = [key for key in tensors if key.startswith(".quant_state.bitsandbytes__")]
-        if len(keys) != 1:
-            raise UnsupportedError(f"a four-bit weight needs one quant_state, got {keys}")
-        state = json.loads(bytes(tensors[keys[0]].tolist()))
-        kind, size = state["quant_type"], state["blocksize"]
+        """Read what bitsandbytes saved, keys as in `saved_tensors`.
+
+        Raises UnsupportedError by name, ValueError where the parts do not fit each other.
+        """
+        state = _read_state(tensors)
+        kind, size, shape = state["quant_type"], state["blocksize"], torch.Size(state["shape"])
         nested = ".nested_absmax" in tensors
-        _check(kind, size)
-        if nested and state["nested_blocksize"] != _NESTED_BLOCK:
-            raise UnsupportedError(f"nested_blocksize {state['nested_blocksize']} is not supported: 256 is")
+        if nested and state.get("nested_blocksize") != _NESTED_BLOCK:
+            raise UnsupportedError(
+                f"nested_blocksize {state.get('nested_blocksize')} is not supported: 256 is"
+            )
+        blocks = -(-shape.numel() // size)
+        sizes = {"": -(-shape.numel() // 2), ".absmax": blocks * (1 if nested else 4)}
+        if nested:
+            sizes[".nested_absmax"] = -(-blocks // _NESTED_BLOCK) * 4
+        for key, expected in sizes.items():
+            got = tensors[key].numel() * tensors[key].element_size() if key in tensors else 0
+            if got != expected:
+                raise ValueError(f"its weight{key} has {got} bytes, and needs {expected} for {list(shape)}")
         maps = {
             ".quant_map": four_bit_code(kind),
             **({".nested_quant_map": dynamic_code()} if nested else {}),
         }
-        for key, expected in maps.items():
-            if key in tensors and not torch.equal(tensors[key].cpu(), expected):
+        for key, code in maps.items():
+            if key in tensors and not torch.equal(tensors[key].cpu(), code):
                 raise UnsupportedError(f"{key.lstrip('.')} is not that of {kind}")
         return cls(
             data=tensors[""].view(torch.uint8).view(-1, 1),
             absmax=tensors[".absmax"],
-            shape=torch.Size(state["shape"]),
-            dtype=getattr(torch, state["dtype"]),
+            shape=shape,
+            dtype=_DTYPES[state["dtype"]],
             quant_type=kind,
             block_size=size,
             nested_absmax=tensors.get(".nested_absmax"),
             nested_offset=state.get("nested_offset"),
         )
+
+
+def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the JSON beside a packed weight, and check what it says."""
+    keys = [key for key in tensors if key.startswith(".quant_state.bitsandbytes__")]
+    if len(keys) != 1:
+        raise UnsupportedError(f"a four-bit weight needs one quant_state, got {keys}")
+    state = json.loads(bytes(tensors[keys[0]].tolist()))
+    if not isinstance(state, dict):
+        raise ValueError("its quant_state is no JSON object")
+    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 32 for n in shape):
+        raise ValueError(f"its quant_state has the shape {shape!r}")
+    if state.get("dtype") not in _DTYPES or not isinstance(offset, int | float):
+        raise ValueError(f"its quant_state has the dtype {state.get('dtype')!r} and the offset {offset!r}")
+    _check(state.get("quant_type"), state.get("blocksize"))
+    return state
 
 
 def quantize_4bit(
@@ -175,7 +207,7 @@ def _blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return absmax, scaled
 
 
-def _check(quant_type: str, block_size: int) -> None:
+def _check(quant_type: object, block_size: object) -> None:
     if quant_type not in ("nf4", "fp4"):
         raise UnsupportedError(f"quant_type {quant_type!r} is not supported: 'nf4' and 'fp4' are")
     if block_size not in _BLOCK_SIZES:
@@ -236,7 +268,7 @@ class FourBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of x."""
-        out: Tensor = _Product.apply(x, self.quantized)  # type: ignore[no-untyped-call]
+        out = dequantized_linear(x, self.quantized)
         return out if self.bias is None else out + self.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> FourBitLinear:
@@ -273,11 +305,21 @@ def swap_in_4bit(
     return names
 
 
+class _Dequantizable(Protocol):
+    def dequantize(self, dtype: torch.dtype = ...) -> Tensor: ...
+
+
+def dequantized_linear(x: Tensor, weight: _Dequantizable) -> Tensor:
+    """Return x @ weight.T, (..., out), in the dtype of x; the gradient flows to x."""
+    out: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _Product(torch.autograd.Function):
     """Keep the packed weight for the backward pass instead of its values, which are made again there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FourBitTensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: _Dequantizable) -> Tensor:
         ctx.weight = weight
         return functional.linear(x, weight.dequantize(x.dtype))
 
