@@ -209,6 +209,21 @@ def test_half_precision_base_rounds_and_widens_like_peft() -> None:
         assert torch.equal(value, trained(theirs)[key])
 
 
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"target_modules": ["embed_tokens", "lm_head"]}],
+)
+def test_merging_rounds_like_peft(settings: dict[str, Any], safe: bool) -> None:
+    theirs, ours = pair(base_model(settings).bfloat16(), settings)
+    stir(theirs, ours)
+    expected = theirs.merge_and_unload(safe_merge=safe).state_dict()
+    got = ours.merge_and_unload(safe_merge=safe).state_dict()
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_dropout_draws_like_peft() -> None:
     theirs, ours = pair(hf_llama(), {"lora_dropout": 0.5, "target_modules": ALL})
     stir(theirs, ours)

@@ -57,7 +57,8 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     assert sum(isinstance(module, kind) for module in network.modules()) == 14
     for path, module in theirs.named_modules():
         if name == "int8" and type(module).__name__ == "Linear8bitLt":
-            assert torch.equal(network.get_submodule(path).packed, module.weight.data)
+            ours = network.get_submodule(path)
+            assert isinstance(ours, Int8Linear) and torch.equal(ours.packed, module.weight.data)
     model = CausalLM(network)
     expected = theirs(input_ids=IDS).logits
     error = (model(input_ids=IDS).logits - expected).norm() / expected.norm()

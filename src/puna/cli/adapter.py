@@ -28,7 +28,10 @@ _Model = Annotated[
     typer.Option(metavar="MODEL", help="The model that the adapter belongs to.", show_default=False),
 ]
 _Alpha = Annotated[
-    float | None, typer.Option(help="lora_alpha of a torchtune adapter without a config.", show_default=False)
+    float | None,
+    typer.Option(
+        metavar="ALPHA", help="lora_alpha of a torchtune adapter without a config.", show_default=False
+    ),
 ]
 
 
@@ -54,8 +57,9 @@ def inspect(
 
 @adapter.command()
 def convert(folder: _Folder, out: _Out, model: _Model = None, alpha: _Alpha = None) -> None:
-    """Write an adapter of mlx-lm, torchtune or LitGPT as PEFT does, for all that read PEFT's.
+    """Write another tool's adapter as PEFT does.
 
+    An adapter of mlx-lm, torchtune or LitGPT becomes a folder that every tool reads which reads PEFT's.
     MODEL, whose config alone is read, is needed for adapters of torchtune and LitGPT.
     """
     import dataclasses
@@ -77,10 +81,10 @@ def merge(
     out: _Out,
     model: _Model = None,
 ) -> None:
-    """Write the model with the adapter in its weights, as a Hugging Face folder.
+    """Write a model with an adapter in its weights.
 
-    MODEL is a Hugging Face folder; without it, it is the one that the adapter names. It is loaded whole, in
-    its own dtype.
+    OUT becomes a Hugging Face folder. MODEL is such a folder too; without it, it is the one that the adapter
+    names. It is loaded whole, in its own dtype.
     """
     from puna.auto import AutoModelForCausalLM
     from puna.locate import find_model

@@ -83,7 +83,7 @@ class LoraLayer(AdapterModule):
             if name not in self.adapter_names() or name in self.merged_adapters:
                 continue
             weight = self._weight()
-            merged = self._merged(name, weight.data).to(weight.dtype)
+            merged = self._merged(name, weight.data, safe=safe).to(weight.dtype)
             if safe and not bool(merged.isfinite().all()):
                 raise ParameterError(f"adapter {name!r} is broken: merged weights are not finite")
             weight.data = merged
@@ -101,8 +101,9 @@ class LoraLayer(AdapterModule):
             weight.data = (before - self.delta_weight(name).to(weight.dtype)).to(weight.dtype)
             self._merge_bias(name, -1.0)
 
-    def _merged(self, name: str, weight: Tensor) -> Tensor:
-        return weight + self.delta_weight(name).to(weight.dtype)
+    def _merged(self, name: str, weight: Tensor, *, safe: bool) -> Tensor:
+        delta = self.delta_weight(name)
+        return weight + (delta.to(weight.dtype) if safe else delta)  # PEFT rounds twice, or once
 
     def _merge_bias(self, name: str, sign: float) -> None:
         del name, sign
@@ -226,15 +227,15 @@ class LoraLinear(LoraLayer):
         adapted = weight + self.scaling[name] * (self._b(name) @ self._a(name)).to(weight.dtype)
         return cast(Tensor, torch.linalg.norm(adapted, dim=1)).to(weight.dtype)
 
-    def _merged(self, name: str, weight: Tensor) -> Tensor:
+    def _merged(self, name: str, weight: Tensor, *, safe: bool) -> Tensor:
         if name not in self.lora_magnitude_vector:
-            return super()._merged(name, weight)
+            return super()._merged(name, weight, safe=safe)
         if self.merged:
             raise UnsupportedError(
                 "a DoRA adapter can only be merged first: its lengths are of the base weight"
             )
         delta = self.delta_weight(name)
-        lengths = torch.linalg.norm(weight + delta, dim=1).to(weight.dtype)
+        lengths = torch.linalg.norm(weight + delta, dim=1)
         factor = (cast(Tensor, self.lora_magnitude_vector[name].weight) / lengths).view(-1, 1)
         self._factors[name] = factor
         return cast(Tensor, factor * (weight + delta))
@@ -366,6 +367,10 @@ class LoraEmbedding(LoraLayer):
         if not is_packed(self.base_layer):
             return functional.linear(hidden, cast(Tensor, self.base_layer.weight))
         return cast(Tensor, cast(Any, self.base_layer).logits(hidden))
+
+    def _merged(self, name: str, weight: Tensor, *, safe: bool) -> Tensor:
+        del safe
+        return super()._merged(name, weight, safe=True)
 
     def delta_weight(self, name: str) -> Tensor:
         """See `LoraLayer`."""
