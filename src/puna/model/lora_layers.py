@@ -375,4 +375,4 @@ class LoraEmbedding(LoraLayer):
     def delta_weight(self, name: str) -> Tensor:
         """See `LoraLayer`."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return cast(Tensor, (b.float() @ a.float()).T.to(a.dtype) * self.scaling[name])
+        return cast(Tensor, ((b.float() @ a.float()).T * self.scaling[name]).to(a.dtype))
