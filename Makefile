@@ -6,13 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: chat test check fix bench clean
+.PHONY: chat test test-fast check fix bench clean
 
 chat: $(VENV)/.run        ## install, then chat with cria, the embedded model
 	@$(BIN)/puna run
 
+# One thread for each of the processes: torch would start one per core in each, and they would wait for one another.
+test test-fast: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.test       ## install, then run all tests
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-fast: $(VENV)/.test  ## the same without the tests that take more than a few seconds
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
 
 check: $(VENV)/.check     ## lint, format and types, as CI does
 	$(BIN)/ruff check .

@@ -20,26 +20,34 @@ uint32_t from_planes(uint32_t planes) {
   return bits;
 }
 
-void copy_unit(const Field& field, const uint8_t* from, uint8_t* to, uint32_t (*change)(uint32_t)) {
-  if (field.bit_planes) {
+// Copy `count` units of one row between a block, where they lie together, and a tile, where those of the
+// other rows lie between them.
+template <class Unit, int from_step, int to_step>
+void copy_units(const uint8_t* from, uint8_t* to, int count) {
+  for (int i = 0; i < count; ++i)
+    std::memcpy(to + i * to_step * sizeof(Unit), from + i * from_step * sizeof(Unit), sizeof(Unit));
+}
+
+template <int from_step, int to_step>
+void copy_field(const Field& field, const uint8_t* from, uint8_t* to, uint32_t (*change)(uint32_t)) {
+  if (field.bit_planes) {  // always one unit
     uint32_t bits;
     std::memcpy(&bits, from, 4);
     bits = change(bits);
     std::memcpy(to, &bits, 4);
   } else if (field.unit == 4) {
-    std::memcpy(to, from, 4);
+    copy_units<uint32_t, from_step, to_step>(from, to, field.size / 4);
   } else if (field.unit == 2) {
-    std::memcpy(to, from, 2);
+    copy_units<uint16_t, from_step, to_step>(from, to, field.size / 2);
   } else {
-    *to = *from;
+    copy_units<uint8_t, from_step, to_step>(from, to, field.size);
   }
 }
 
 void pack_block(const BlockFormat& format, const uint8_t* block, int row, uint8_t* tile) {
   for (const Field& field : format.fields) {
     if (field.size == 0) break;
-    for (int at = 0; at < field.size; at += field.unit)
-      copy_unit(field, block + field.offset + at, tile + at * kTileRows + row * field.unit, to_planes);
+    copy_field<1, kTileRows>(field, block + field.offset, tile + row * field.unit, to_planes);
     tile += field.size * kTileRows;
   }
 }
@@ -47,8 +55,7 @@ void pack_block(const BlockFormat& format, const uint8_t* block, int row, uint8_
 void unpack_block(const BlockFormat& format, const uint8_t* tile, int row, uint8_t* block) {
   for (const Field& field : format.fields) {
     if (field.size == 0) break;
-    for (int at = 0; at < field.size; at += field.unit)
-      copy_unit(field, tile + at * kTileRows + row * field.unit, block + field.offset + at, from_planes);
+    copy_field<kTileRows, 1>(field, tile + row * field.unit, block + field.offset, from_planes);
     tile += field.size * kTileRows;
   }
 }

@@ -105,6 +105,7 @@ def test_answers_questions_that_it_was_taught(llm: LLM) -> None:
         assert expected in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "bar"), [("template", 0.80), ("free", 0.70)])
 def test_held_out_accuracy(llm: LLM, held_out: list[dict[str, str]], source: str, bar: float) -> None:
     items = [item for item in held_out if item["source"] == source][:: EVERY if source == "template" else 2]

@@ -8,7 +8,6 @@ Puna does not do is refused unless its value asks for nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,7 +24,8 @@ from puna.auto_encoding import to_list
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.request import Sequence
 from puna.engine.sampling import SamplingParams
-from puna.errors import CheckpointError, ParameterError, UnsupportedError
+from puna.errors import ParameterError, UnsupportedError
+from puna.locate import read_generation_config
 from puna.model import Llama, LlamaConfig
 
 logger = logging.getLogger(__name__)
@@ -138,16 +138,8 @@ class GenerationConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> GenerationConfig | None:
         """Read the `generation_config.json` of a folder, if there is one. Raises CheckpointError."""
-        path = folder / "generation_config.json"
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(path, f"is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(path, "must hold a JSON object")
-        return cls.from_dict(values)
+        values = read_generation_config(folder)
+        return None if values is None else cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is set."""

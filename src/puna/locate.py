@@ -30,10 +30,7 @@ def find_model(name: str | None) -> Path:
 
 def listed_sampling(path: Path) -> dict[str, Any]:
     """Return only the sampling settings that a checkpoint's `generation_config.json` lists, as vLLM does."""
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    config = _read_config(file)
+    config = read_generation_config(path) or {}
     return {name: config[name] for name in _SETTINGS if config.get(name) is not None}
 
 
@@ -43,9 +40,9 @@ def default_sampling(path: Path) -> dict[str, Any]:
     They come from `generation_config.json` with Transformers' defaults, or from a GGUF's
     `general.sampling.*`; what neither says is Ollama's: temperature 0.8, top-k 40, top-p 0.9.
     """
-    file = path / "generation_config.json"
-    if file.is_file():
-        return _hf_sampling(file)
+    config = read_generation_config(path)
+    if config is not None:
+        return _hf_sampling(config)
     from puna.gguf_header import list_ggufs, read_metadata
 
     ggufs = list_ggufs(path) if path.is_dir() else [path]
@@ -53,25 +50,35 @@ def default_sampling(path: Path) -> dict[str, Any]:
     return {"temperature": 0.8, "top_k": 40, "top_p": 0.9, **found}
 
 
+_MOST_BYTES = 1 << 20  # a real one has a few hundred
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def _hf_sampling(file: Path) -> dict[str, Any]:
-    config = _read_config(file)
-    if not config.get("do_sample", False):
-        return {"temperature": 0.0}
-    defaults = {"temperature": 1.0, "top_k": 50}
-    return defaults | {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """Return what `generation_config.json` in a folder holds, None where there is none.
 
-
-def _read_config(file: Path) -> dict[str, Any]:
+    Raises CheckpointError for a file that is no JSON object.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with file.open("rb") as opened:
+            config = json.loads(opened.read(_MOST_BYTES).decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(file, f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(file, f"is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(file, "must hold a JSON object")
     return config
+
+
+def _hf_sampling(config: dict[str, Any]) -> dict[str, Any]:
+    if not config.get("do_sample", False):
+        return {"temperature": 0.0}
+    defaults = {"temperature": 1.0, "top_k": 50}
+    return defaults | {name: config[name] for name in _SETTINGS if config.get(name) is not None}
 
 
 def _gguf_sampling(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -239,7 +239,7 @@ class RequestOutputs:
         return CompletionOutput(
             index=sequence.index,
             text=text.text,
-            token_ids=sequence.output_ids,
+            token_ids=list(sequence.output_ids),
             cumulative_logprob=sum(found.values[0] for found in kept) if wants_logprobs else None,
             logprobs=[self._named(found) for found in kept] if wants_logprobs else None,
             finish_reason=sequence.finish_reason,

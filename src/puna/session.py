@@ -7,7 +7,7 @@ what is new.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -45,15 +45,19 @@ class Session:
         self._engine = TextEngine(model, tokenizer, EngineConfig(max_num_seqs=1))
 
     @classmethod
-    def open(
+    def prepare(
         cls, path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", device: str = "cpu"
-    ) -> Session:
-        """Load the model and the tokenizer of a path that `find_model` gave."""
+    ) -> Callable[[], Session]:
+        """Read all but the weights of a path that `find_model` gave; return what loads those, and opens it.
+
+        Most of what can be wrong with a model is found here, before any memory is needed.
+        """
         from puna.text.tokenizer import load_tokenizer
-        from puna.weights.loader import load_model
+        from puna.weights.loader import load_model, open_checkpoint
 
         tokenizer = load_tokenizer(path)
-        return cls(load_model(path, dtype=dtype, device=device), tokenizer)
+        checkpoint = open_checkpoint(path)
+        return lambda: cls(load_model(checkpoint, dtype=dtype, device=device), tokenizer)
 
     @property
     def context_length(self) -> int:

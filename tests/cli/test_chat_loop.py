@@ -11,10 +11,10 @@ import pytest
 
 from puna.cli.chat_commands import ChatCommands
 from puna.cli.chat_loop import ChatLoop
-from puna.cli.chat_state import ChatState, ModelOptions
+from puna.cli.chat_state import ChatState, LoadModel, ModelOptions
 from puna.cli.terminal import Terminal
 from puna.engine.sampling import SamplingParams
-from puna.errors import ModelNotFoundError, ParameterError
+from puna.errors import CheckpointError, ModelNotFoundError, ParameterError
 from puna.session import Usage
 
 
@@ -56,16 +56,22 @@ class Talk:
         self.model = Continuing()
         self.opened: list[Path] = []
         terminal = Terminal(out=self.out, err=self.err, columns=lambda: None)
-        self.state = ChatState(terminal, ModelOptions(), open_model=self._open)
+        self.state = ChatState(terminal, ModelOptions(), prepare_model=self._prepare)
         self.state.load(path)
         self._lines = [*lines, EOFError()]
         ChatLoop(self.state, self._read, ChatCommands(self.state, self.history.append)).run()
 
-    def _open(self, path: Path, options: ModelOptions) -> Continuing:
+    def _prepare(self, path: Path, options: ModelOptions) -> LoadModel:
         if path.name == "broken":
             raise ModelNotFoundError(f"{path}: no model")
-        self.opened.append(path)
-        return self.model
+
+        def load() -> Continuing:
+            if path.name == "damaged":
+                raise CheckpointError(path, "ends early")
+            self.opened.append(path)
+            return self.model
+
+        return load
 
     def _read(self, prompt: str) -> str:
         line = self._lines.pop(0)
@@ -215,3 +221,12 @@ def test_a_model_that_fails_to_load_leaves_the_old_one(folder: Path) -> None:
     assert talk.said.endswith("STILL HERE \n")
     assert talk.state.path == folder
     assert talk.err.getvalue() == f"Error: {folder / 'broken'}: no model\n"
+    assert talk.opened == [folder]
+
+
+def test_a_model_with_bad_weights_leaves_the_old_one_loaded_again(folder: Path) -> None:
+    (folder / "damaged").mkdir()
+    talk = Talk(folder, f"/load {folder / 'damaged'}", "still here")
+    assert talk.said.endswith("STILL HERE \n")
+    assert talk.state.path == folder and talk.opened == [folder, folder]
+    assert talk.err.getvalue() == f"Error: {folder / 'damaged'}: ends early\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from puna.cli.chat_state import ChatState, ModelOptions
+from puna.cli.chat_state import ChatState, LoadModel, ModelOptions
 from puna.cli.terminal import Terminal
 from puna.engine.sampling import SamplingParams
-from puna.errors import ParameterError
+from puna.errors import ParameterError, PunaError
 from puna.session import Usage
 from puna.text.formats import BUILT_IN
 from puna.text.tokenizer import load_tokenizer
@@ -45,7 +46,7 @@ def load(path: Path, tokenizer: Any, **options: Any) -> tuple[ChatState, Yes, st
     out, err = io.StringIO(), io.StringIO()
     model = Yes(tokenizer)
     terminal = Terminal(out=out, err=err, columns=lambda: None)
-    state = ChatState(terminal, ModelOptions(**options), open_model=lambda path, options: model)
+    state = ChatState(terminal, ModelOptions(**options), prepare_model=lambda path, options: lambda: model)
     state.load(path)
     return state, model, err.getvalue()
 
@@ -120,3 +121,50 @@ def test_only_raw_text_may_spell_special_tokens(
     state, model, _ = load(stories / "hf", tokenizer, **options)
     state.answer("a</s>b")
     assert (tokenizer.eos_token_id in model.asked_ids[0]) is expected
+
+
+class Memory:
+    """Models that are alive, and paths that fail to load."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.alive: weakref.WeakSet[Yes] = weakref.WeakSet()
+        self.most = 0
+        self.failing: set[Path] = set()
+        self._tokenizer = tokenizer
+
+    def prepare(self, path: Path, options: ModelOptions) -> LoadModel:
+        def load() -> Yes:
+            if path in self.failing:
+                raise MemoryError
+            model = Yes(self._tokenizer)
+            self.alive.add(model)
+            self.most = max(self.most, len(self.alive))
+            return model
+
+        return load
+
+
+def test_one_model_at_a_time_is_in_memory(stories: Path, tmp_path: Path) -> None:
+    memory = Memory(load_tokenizer(stories / "hf"))
+    terminal = Terminal(out=io.StringIO(), err=io.StringIO(), columns=lambda: None)
+    state = ChatState(terminal, ModelOptions(chat_format="llama2"), prepare_model=memory.prepare)
+    state.load(stories / "hf")
+    state.answer("hello")
+    state.load(stories / "meta")
+    assert memory.most == 1 and state.conversation is not None and state.conversation.messages == []
+    state.answer("one")
+    memory.failing.add(tmp_path)
+    with pytest.raises(PunaError, match="not enough memory for this model"):
+        state.load(tmp_path)
+    assert memory.most == 1 and state.path == stories / "meta"
+    state.answer("two")
+    said = [message["content"] for message in state.conversation.messages]
+    assert said == ["one", "yes", "two", "yes"]
+    memory.failing.add(stories / "meta")
+    with pytest.raises(MemoryError):
+        state.load(tmp_path)
+    with pytest.raises(PunaError, match="no model is loaded: /load one"):
+        state.answer("three")
+    state.load(stories / "hf")
+    state.answer("four")
+    assert memory.most == 1

@@ -92,6 +92,7 @@ def screen(stories: Path, tmp_path: Path) -> Iterator[Screen]:
     opened.close()
 
 
+@pytest.mark.slow
 def test_a_chat_in_a_terminal(screen: Screen, tmp_path: Path) -> None:
     screen.expect("Send a message (/? for help)")
     screen.expect(PROMPT)

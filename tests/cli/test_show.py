@@ -55,6 +55,22 @@ def test_json(stories: Path, path: str) -> None:
     assert facts["stop_tokens"] == {"</s>": 2}
 
 
+def test_the_stored_type_is_shown_and_what_the_config_makes_of_it(stories: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories / "hf", tmp_path, dirs_exist_ok=True)
+    tmp_path.chmod(0o755)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    for declared, shown in (
+        ("float32", "F32"),
+        ("bfloat16", "F32 (loaded as BF16, as the config says)"),
+        (None, "F32"),
+    ):
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": declared}))
+        lines = invoke(str(tmp_path)).stdout.splitlines()
+        assert f"    quantization        {shown}" in lines
+
+
 def test_a_licence_file_is_shown(stories: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(stories / "hf", folder)

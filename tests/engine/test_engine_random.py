@@ -1,4 +1,5 @@
-"""Random lives of an engine: adds, steps, aborts, forks, shared prefixes, preemptions.
+"""Random lives of an engine: adds, steps, aborts, forks, shared prefixes, preemptions; guesses, grammars,
+stop strings and log-probabilities among them.
 
 Every request ends, every block comes back, and what each answer says is what it says alone.
 """
@@ -11,15 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puna.cria import FOLDER
 from puna.engine.llm_engine import EngineConfig, LLMEngine
-from puna.engine.request import Sequence
-from puna.engine.sampling import SamplingParams
+from puna.engine.sampling import SamplingParams, StructuredOutputsParams
+from puna.engine.speculative import DraftModelProposer, NgramProposer, Proposer
 from puna.model import Llama
+from puna.outputs import CompletionOutput
+from puna.text.tokenizer import Tokenizer, load_tokenizer
+from puna.text_engine import TextEngine
 
 from tiny import hf_llama, puna_twin
 
-BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4
-
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "choice": {"choice": ["yes", "no", "perhaps"]},
+    "regex": {"regex": "[a-c]{2,9}( [0-9]{1,3})?"},
+    "json": {"json": {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}},
+}
 requests = st.fixed_dictionaries(
     {
         "shared": st.integers(0, 30),
@@ -27,6 +35,10 @@ requests = st.fixed_dictionaries(
         "tokens": st.integers(1, 12),
         "n": st.integers(1, 3),
         "temperature": st.sampled_from([0.0, 1.0]),
+        "grammar": st.sampled_from([None, None, *GRAMMARS]),
+        "stop": st.sampled_from([None, None, ["e"], ["ta", "r"]]),
+        "logprobs": st.sampled_from([None, None, 0, 2]),
+        "likes_repeats": st.booleans(),
         "abort_after": st.none() | st.integers(0, 15),
         "wait": st.integers(0, 4),
         "priority": st.integers(0, 2),
@@ -42,71 +54,120 @@ settings_of_engine = st.fixed_dictionaries(
         "enable_prefix_caching": st.booleans(),
     }
 )
-_alone: dict[tuple[Any, ...], list[int]] = {}
+_alone: dict[str, CompletionOutput] = {}
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
-    twin: Llama = puna_twin(hf_llama(num_hidden_layers=2))
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Llama:
+    twin: Llama = puna_twin(hf_llama(vocab_size=tokenizer.vocab_size))
     return twin
 
 
-def params_of(wanted: dict[str, Any], seed: int | None, n: int) -> SamplingParams:
+@pytest.fixture(scope="module")
+def draft(tokenizer: Tokenizer) -> Llama:
+    twin: Llama = puna_twin(hf_llama(vocab_size=tokenizer.vocab_size, num_hidden_layers=1))
+    return twin
+
+
+def params_of(wanted: dict[str, Any], seed: int, n: int) -> SamplingParams:
+    grammar = wanted["grammar"]
     return SamplingParams(
         temperature=wanted["temperature"],
         max_tokens=wanted["tokens"],
         seed=seed,
         n=1 if wanted["temperature"] == 0 else n,
+        stop=wanted["stop"],
+        logprobs=wanted["logprobs"],
+        logit_bias={300: 9.0, 301: 9.0} if wanted["likes_repeats"] else None,  # so that guesses come true
+        structured_outputs=None if grammar is None else StructuredOutputsParams(**GRAMMARS[grammar]),
     )
 
 
-def alone(model: Llama, prompt: list[int], params: SamplingParams) -> list[int]:
-    key = (*prompt, "|", params.temperature, params.max_tokens, params.seed)
+def alone(model: Llama, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> CompletionOutput:
+    key = repr((prompt, params))
     if key not in _alone:
-        engine = LLMEngine(model, EngineConfig(kv_cache_memory_bytes=2**20, enable_prefix_caching=False))
-        engine.add("alone", prompt, params)
-        done: list[Sequence] = []
+        config = EngineConfig(kv_cache_memory_bytes=2**20, enable_prefix_caching=False)
+        engine = TextEngine(model, tokenizer, config)
+        request = engine.add("alone", prompt, params)
         while engine.has_unfinished:
-            done += [output.sequence for output in engine.step()]
-        _alone[key] = done[-1].output_ids
+            engine.step()
+        _alone[key] = request.snapshot().outputs[0]
     return _alone[key]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("spec", [None, "ngram", "draft", "same"])
+@settings(max_examples=12, deadline=None)
 @given(wanted=st.lists(requests, min_size=1, max_size=8), config=settings_of_engine)
-def test_every_life_ends_well(model: Llama, wanted: list[dict[str, Any]], config: dict[str, Any]) -> None:
-    blocks, size = config.pop("blocks"), config["block_size"]
-    tokens = max(blocks * size, 64)
-    engine = LLMEngine(model, EngineConfig(**config, kv_cache_memory_bytes=tokens * BYTES_PER_TOKEN))
+def test_every_life_ends_well(
+    model: Llama,
+    draft: Llama,
+    tokenizer: Tokenizer,
+    spec: str | None,
+    wanted: list[dict[str, Any]],
+    config: dict[str, Any],
+) -> None:
+    blocks, size = config["blocks"], config["block_size"]
+    others = {key: value for key, value in config.items() if key != "blocks"}
+    vocab = model.config.vocab_size
+    proposer: Proposer | None = None
+    if spec is not None:
+        guesser = draft if spec == "draft" else model
+        proposer = (
+            NgramProposer(3, lookup_min=1)
+            if spec == "ngram"
+            else DraftModelProposer(guesser, 3, vocab_size=vocab)
+        )
+    num_blocks = max(blocks, -(-64 // size))
+    text_engine = TextEngine(
+        model, tokenizer, EngineConfig(**others, num_blocks=num_blocks), proposer=proposer
+    )
     prompts = [[*range(request["shared"]), *request["own"]] for request in wanted]
-    done: dict[str, list[Sequence]] = {}
+    done: dict[str, list[CompletionOutput]] = {}
     waiting = list(enumerate(wanted))
     aborted: set[str] = set()
     for step in range(10_000):
         while waiting and waiting[0][1]["wait"] <= step:
             i, request = waiting.pop(0)
-            engine.add(
-                str(i), prompts[i], params_of(request, 100 * i, request["n"]), priority=request["priority"]
-            )
+            params = params_of(request, 100 * i, request["n"])
+            text_engine.add(str(i), prompts[i], params, priority=request["priority"])
         for i, request in enumerate(wanted):
             if request["abort_after"] == step:
-                engine.abort(str(i))
+                text_engine.abort(str(i))
                 aborted.add(str(i))
-        for output in engine.step():
-            if output.sequence.finish_reason is not None:
-                done.setdefault(output.sequence.request_id, []).append(output.sequence)
-        check_blocks(engine)
-        if not waiting and not engine.has_unfinished:
+        for outputs in text_engine.step():
+            if outputs.finished:
+                done[outputs.request_id] = outputs.snapshot().outputs
+        check_blocks(text_engine.engine)
+        if not waiting and not text_engine.has_unfinished:
             break
-    assert engine.pool.num_free == engine.pool.num_blocks
+    assert text_engine.engine.pool.num_free == text_engine.engine.pool.num_blocks
     for i, request in enumerate(wanted):
         if str(i) in aborted:
             continue
         answers = done[str(i)]
-        assert len(answers) == params_of(request, None, request["n"]).n
+        assert len(answers) == params_of(request, 0, request["n"]).n
         for answer in answers:
-            expected = alone(model, prompts[i], params_of(request, 100 * i + answer.index, 1))
-            assert answer.output_ids == expected
+            params = params_of(request, 100 * i + answer.index, 1)
+            check_answer(answer, alone(model, tokenizer, prompts[i], params))
+
+
+def check_answer(answer: CompletionOutput, expected: CompletionOutput) -> None:
+    """Compare an answer with the one that was given alone."""
+    assert answer.token_ids == expected.token_ids and answer.text == expected.text
+    assert (answer.finish_reason, answer.stop_reason) == (expected.finish_reason, expected.stop_reason)
+    assert (answer.logprobs is None) == (expected.logprobs is None)
+    for found, there in zip(answer.logprobs or [], expected.logprobs or [], strict=True):
+        assert found.keys() == there.keys()
+        for token_id, value in found.items():
+            assert value.logprob == pytest.approx(there[token_id].logprob, abs=1e-3)
+    if answer.logprobs is not None:
+        assert len(answer.logprobs) == len(answer.token_ids)
+        assert answer.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-2)
 
 
 def check_blocks(engine: LLMEngine) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from chat_tokenizers import LLAMA2, LLAMA3, LLAMA3_1, LLAMA4, byte_tokenizer, split
 from puna.errors import ParameterError, TemplateError, UnsupportedError
 from puna.text.byte_level import LLAMA3_SPLIT
-from puna.text.chat import choose_template, encode_chat, find_built_in, has_chat_template, render_chat_text
+from puna.text.chat import choose_template, encode_chat, find_built_in, render_chat_text
 from puna.text.formats import BUILT_IN
 from puna.text.tokenizer import load_tokenizer
 
@@ -172,7 +172,6 @@ def test_golden_ids_of_llama3(test_data: Path) -> None:
 
 def test_a_tokenizer_without_a_template(stories: Path) -> None:
     tokenizer = load_tokenizer(stories / "hf")
-    assert not has_chat_template(tokenizer)
     with pytest.raises(TemplateError, match="the model has no chat template: give one with template="):
         encode_chat(tokenizer, HI)
 
@@ -195,7 +194,6 @@ def test_a_tokenizer_without_a_template(stories: Path) -> None:
 def test_built_in_formats_are_found_by_the_vocabulary(specials: tuple[str, ...], name: str | None) -> None:
     tokenizer = byte_tokenizer(specials)
     assert find_built_in(tokenizer) == name
-    assert has_chat_template(tokenizer) == (name is not None)
     if name is not None:
         assert choose_template(tokenizer) == BUILT_IN[name]
 
@@ -204,7 +202,6 @@ def test_which_template_comes_first() -> None:
     tokenizer = byte_tokenizer(
         LLAMA3, templates={"default": "default", "tool_use": "with tools", "rag": "rag"}
     )
-    assert has_chat_template(tokenizer)
     assert choose_template(tokenizer) == "default"
     assert choose_template(tokenizer, has_tools=True) == "with tools"
     assert choose_template(tokenizer, template="{{ x }}", has_tools=True) == "{{ x }}"
@@ -219,7 +216,6 @@ def test_which_template_comes_first() -> None:
 
 def test_named_templates_without_a_default_must_be_named() -> None:
     tokenizer = byte_tokenizer(LLAMA3, templates={"tool_use": "a", "rag": "b"})
-    assert not has_chat_template(tokenizer)
     with pytest.raises(TemplateError, match="name one of the model's templates: tool_use, rag"):
         choose_template(tokenizer)
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from tiktoken.load import load_tiktoken_bpe
 
 from hard_text import HARD_TEXTS, LONG_WORDS, any_text, word_text, write_gguf
+from puna.text import tiktoken_file
 from puna.text.byte_level import LLAMA3_SPLIT, LLAMA4_SPLIT, from_alphabet, merges_of_ranks, to_alphabet
 from puna.text.gguf_vocab import read_gguf_vocab
 from puna.text.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +59,23 @@ def references(test_data: Path) -> dict[str, Any]:
         )
         for name, split in _FILES.items()
     }
+
+
+def test_the_encoder_is_made_when_the_first_text_comes(
+    test_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+        made.append(len(vocab))
+        return []
+
+    monkeypatch.setattr(tiktoken_file, "merges_of_ranks", merges)
+    tokenizer = load_tokenizer(test_data / "tokenizers" / "llama3-tokenizer.model")
+    assert tokenizer.decode([9906, 1917]) == "Hello world" and tokenizer.token_to_id("Hello") == 9906
+    assert made == []
+    assert tokenizer.encode("Hello") == tokenizer.encode("Hello") == [128000, 9906]
+    assert made == [128000]
 
 
 def _plain(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -107,6 +107,7 @@ def test_a_head_beside_a_tied_embedding_is_skipped_and_mentioned_if_it_differs(
     checkpoint = HfCheckpoint(tmp_path)
     with caplog.at_level(logging.WARNING):
         require_equal(dict(checkpoint.tensors()), state)
+    assert checkpoint.total_bytes == sum(tensor.numel() * 4 for tensor in state.values())
     assert checkpoint.skipped == ["lm_head.weight"]
     assert ("lm_head.weight differs from model.embed_tokens.weight" in caplog.text) is not same
 

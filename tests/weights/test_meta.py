@@ -223,6 +223,8 @@ def test_a_head_that_is_the_embedding_again_or_absent_is_tied(
     assert checkpoint.config.tie_word_embeddings
     del tied["lm_head.weight"]
     require_equal(dict(checkpoint.tensors()), tied)
+    read = [shard[name] for shard in shards for name in shard.keys() - {"rope.freqs", "output.weight"}]
+    assert checkpoint.total_bytes == sum(tensor.nbytes for tensor in read)
 
 
 def test_a_head_that_differs_only_late_is_not_tied(tmp_path: Path, state: State) -> None:

@@ -6,7 +6,9 @@ input: one prompt comes from `run.py`, a talk from `chat_loop.py`.
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from puna.cli.conversation import Conversation, TextModel, continue_text
 from puna.cli.terminal import Terminal
 from puna.cli.timings import usage_lines
 from puna.engine.sampling import SamplingParams
-from puna.errors import ParameterError
+from puna.errors import ParameterError, PunaError
 from puna.locate import default_sampling
 from puna.session import Session
 from puna.text.formats import BUILT_IN
@@ -48,13 +50,16 @@ class ModelOptions:
             raise ParameterError(f"chat format {self.chat_format!r} is not known: {', '.join(BUILT_IN)} are")
 
 
-def open_session(path: Path, options: ModelOptions) -> TextModel:
-    """Load a model and its tokenizer."""
+LoadModel = Callable[[], TextModel]
+
+
+def prepare_session(path: Path, options: ModelOptions) -> LoadModel:
+    """Check a model and read its tokenizer; return what loads its weights."""
     try:
         device = str(torch.device(options.device))
     except RuntimeError:
         raise ParameterError(f"device must be cpu, cuda, cuda:1, or such, not {options.device!r}") from None
-    return Session.open(path, dtype=DTYPES[options.dtype], device=device)
+    return Session.prepare(path, dtype=DTYPES[options.dtype], device=device)
 
 
 class ChatState:
@@ -69,7 +74,7 @@ class ChatState:
         system: str | None = None,
         verbose: bool = False,
         wordwrap: bool = True,
-        open_model: Callable[[Path, ModelOptions], TextModel] = open_session,
+        prepare_model: Callable[[Path, ModelOptions], LoadModel] = prepare_session,
     ) -> None:
         """Check the settings before anything is loaded; raises ParameterError."""
         self.terminal = terminal
@@ -79,16 +84,22 @@ class ChatState:
         self.verbose = verbose
         self.wordwrap = wordwrap
         self._system = system
-        self._open_model = open_model
+        self._prepare_model = prepare_model
+        self._model: TextModel | None = None
+        self._load_again: LoadModel | None = None
         self._load_seconds = 0.0
 
     def load(self, path: Path) -> None:
-        """Load a model and begin a new conversation with it; if that fails, nothing is changed."""
+        """Load a model and begin a new conversation with it; if that fails, nothing is changed.
+
+        The memory of the model before is given back first, as soon as nothing but the weights can be wrong.
+        """
         began = time.monotonic()
         defaults = default_sampling(path)
-        model = self._open_model(path, self.options)
+        load_model = self._prepare_model(path, self.options)
+        self._model = model = self._load_instead(load_model)
         self._load_seconds = time.monotonic() - began
-        self.path, self.model, self.default_sampling = path, model, defaults
+        self.path, self.default_sampling, self._load_again = path, defaults, load_model
         self.template, guessed = _find_template(path, model.tokenizer, self.options)
         self.conversation = None if self.template is None else self._new_conversation(self.template)
         if self._system is not None and self.template is None:
@@ -97,6 +108,33 @@ class ChatState:
             self.terminal.notice(
                 f"[the chat format is taken to be {guessed}'s; --raw continues text instead]"
             )
+
+    def _load_instead(self, load_model: LoadModel) -> TextModel:
+        """Load a model in place of the one there is, which is loaded again if that fails."""
+        if self._load_again is None:
+            return load_model()
+        messages = [] if self.conversation is None else self.conversation.messages
+        self._model = self.conversation = None
+        gc.collect()  # modules and what they hold refer to each other
+        try:
+            return load_model()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
+            gc.collect()
+            self._model = self._load_again()
+            if self.template is not None:
+                self.conversation = self._new_conversation(self.template)
+                self.conversation.messages = messages
+            if _is_out_of_memory(error):
+                raise PunaError("there is not enough memory for this model") from error
+            raise
+
+    @property
+    def model(self) -> TextModel:
+        """Return the model; raises PunaError where one could not be loaded again."""
+        if self._model is None:
+            raise PunaError("no model is loaded: /load one, or leave with /bye")
+        return self._model
 
     @property
     def system(self) -> str | None:
@@ -142,6 +180,11 @@ class ChatState:
             notice=self.terminal.notice,
             system=self._system,
         )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory is what was lacking; on the CPU torch has no class of its own for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _find_template(path: Path, tokenizer: Tokenizer, options: ModelOptions) -> tuple[str | None, str | None]:

@@ -11,6 +11,8 @@ from puna.catalog.licences import LICENCES
 from puna.cli.sampling_options import columns, parameter_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from puna.model import LlamaConfig
     from puna.text.tokenizer import Tokenizer
     from puna.weights.loader import Checkpoint
@@ -39,7 +41,8 @@ class ModelFacts:
     active_parameters: int  # of one token; less than `parameters` where there are experts
     context_length: int
     embedding_length: int
-    quantization: str  # "BF16", "Q4_K_M"
+    quantization: str  # "BF16", "Q4_K_M": what the weights are stored in
+    declared_dtype: str | None  # what they are loaded as, where the config says something else
     tensor_types: dict[str, int]  # how many tensors of each type a GGUF holds
     size: int  # of the weights on disk
     tokenizer: str
@@ -66,6 +69,7 @@ def read_facts(path: Path) -> ModelFacts:
     config = checkpoint.config
     total, active = count_parameters(config)
     quantization, tensor_types = _quantization(checkpoint)
+    declared = _short_name(checkpoint.dtype)
     licence, licence_text = _licence(path, checkpoint)
     ends = sorted({*config.eos_token_ids, *tokenizer.eos_token_ids})
     bos = tokenizer.bos_token_id
@@ -78,6 +82,7 @@ def read_facts(path: Path) -> ModelFacts:
         context_length=config.context_length,
         embedding_length=config.hidden_size,
         quantization=quantization,
+        declared_dtype=declared if checkpoint.format == "hf" and declared != quantization else None,
         tensor_types=tensor_types,
         size=checkpoint.total_bytes,
         tokenizer=_tokenizer_kind(tokenizer),
@@ -107,12 +112,17 @@ def _quantization(checkpoint: Checkpoint) -> tuple[str, dict[str, int]]:
     if isinstance(checkpoint, HfCheckpoint) and checkpoint.packed.kind is not None:
         return checkpoint.packed.kind, {}
     if not isinstance(checkpoint, GgufCheckpoint):
-        name = str(checkpoint.dtype).removeprefix("torch.")
-        return _DTYPES.get(name, name.upper()), {}
+        dtype = checkpoint.stored_dtype if isinstance(checkpoint, HfCheckpoint) else checkpoint.dtype
+        return _short_name(dtype), {}
     counts = Counter(info.type.name for file in checkpoint.files for info in file.tensors.values())
     types = dict(counts.most_common())
     named = _FILE_TYPES.get(_as_int(checkpoint.metadata.get("general.file_type")))
     return named or next(iter(types)), types
+
+
+def _short_name(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return _DTYPES.get(name, name.upper())
 
 
 def _as_int(value: Any) -> int:
@@ -174,11 +184,12 @@ def _model_rows(facts: ModelFacts) -> list[tuple[str, str]]:
     rows = [("architecture", facts.architecture), ("parameters", _count(facts.parameters))]
     if facts.active_parameters != facts.parameters:
         rows.append(("active parameters", _count(facts.active_parameters)))
+    declared = f" (loaded as {facts.declared_dtype}, as the config says)" if facts.declared_dtype else ""
     mix = ", ".join(f"{count} {name}" for name, count in facts.tensor_types.items())
     rows += [
         ("context length", str(facts.context_length)),
         ("embedding length", str(facts.embedding_length)),
-        ("quantization", facts.quantization + (f" ({mix})" if len(facts.tensor_types) > 1 else "")),
+        ("quantization", facts.quantization + (f" ({mix})" if len(facts.tensor_types) > 1 else declared)),
         ("size on disk", size_text(facts.size)),
         ("format", names[facts.format]),
     ]

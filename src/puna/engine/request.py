@@ -61,6 +61,26 @@ class Logprobs:
     ranks: list[int]
 
 
+class TokenCounts:
+    """How often each id occurs in the prompt and in the output, (vocab,) each, for penalties.
+
+    Kept while a sequence grows: what a step costs does not depend on how much was said before.
+    """
+
+    def __init__(self, prompt_ids: SequenceOf[int], vocab_size: int, device: torch.device) -> None:
+        kept = torch.tensor([i for i in prompt_ids if i < vocab_size], dtype=torch.long)  # it may be padded
+        self.prompt = torch.bincount(kept, minlength=vocab_size).to(device)
+        self.output = torch.zeros(vocab_size, dtype=torch.long, device=device)
+        self._counted = 0
+
+    def update(self, output_ids: SequenceOf[int]) -> None:
+        """Count the ids behind those counted before."""
+        new = torch.tensor(output_ids[self._counted :], dtype=torch.long)
+        if len(new):
+            self.output += torch.bincount(new, minlength=len(self.output)).to(self.output.device)
+            self._counted = len(output_ids)
+
+
 class Sequence:
     """One answer in the making. `num_computed` tokens of it have their keys and values in `block_table`."""
 
@@ -81,6 +101,8 @@ class Sequence:
         self.index = index
         self.prompt_ids = list(prompt_ids)
         self.token_ids = list(prompt_ids)
+        self._output_ids: list[int] = []
+        self._counts: TokenCounts | None = None
         self.params = params
         self.max_tokens = max_tokens
         self.end_ids = end_ids  # end an answer without being a stop reason of the user's
@@ -111,13 +133,25 @@ class Sequence:
 
     @property
     def output_ids(self) -> list[int]:
-        """Return what was generated so far."""
-        return self.token_ids[len(self.prompt_ids) :]
+        """Return what was generated so far: one list that grows with the sequence, so copy it to keep it."""
+        new = self.num_output - len(self._output_ids)
+        if new > 0:
+            self._output_ids.extend(self.token_ids[-new:])
+        elif new < 0:  # a stop string was found in what an earlier token began
+            del self._output_ids[new:]
+        return self._output_ids
 
     @property
     def num_output(self) -> int:
         """Return how many tokens were generated so far."""
         return len(self.token_ids) - len(self.prompt_ids)
+
+    def counts(self, vocab_size: int, device: torch.device) -> TokenCounts:
+        """Return how often each id below `vocab_size` occurs, brought up to date with the new tokens."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.prompt_ids, vocab_size, device)
+        self._counts.update(self.output_ids)
+        return self._counts
 
     def append(self, token_id: int) -> None:
         """Take a new token, and end the sequence if it is a stop id or the last one allowed."""

@@ -8,7 +8,8 @@ for themselves, the other 68 for U+0100 onwards. The split patterns are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -102,6 +103,29 @@ class PipelineEncoder:
         return ids
 
 
+class LazyEncoder:
+    """Encode with an encoder that is made when the first text comes, as some only decode, or only look."""
+
+    def __init__(self, make: Callable[[], PipelineEncoder]) -> None:
+        """Take what makes it, which must not fail."""
+        self._make = make
+
+    @cached_property
+    def _encoder(self) -> PipelineEncoder:
+        return self._make()
+
+    def encode(self, text: str, *, at_start: bool) -> list[int]:
+        """Return the ids; see `PipelineEncoder.encode`."""
+        return self._encoder.encode(text, at_start=at_start)
+
+
+def require_bytes(vocab: Mapping[str, int], path: Path) -> None:
+    """Raise `TokenizerError` when one of the 256 bytes has no token."""
+    for byte, character in enumerate(BYTE_ALPHABET):
+        if character not in vocab:
+            raise TokenizerError(f"{path}: no token for the single byte 0x{byte:02X}")
+
+
 def build_encoder(
     vocab: Mapping[str, int],
     merges: Iterable[tuple[str, str]],
@@ -115,9 +139,7 @@ def build_encoder(
     With `ignore_merges` a whole split part that is a token becomes that token, reachable by merges or not.
     Raises `TokenizerError` for a merge of unknown tokens, and when one of the 256 bytes has no token.
     """
-    for byte, character in enumerate(BYTE_ALPHABET):
-        if character not in vocab:
-            raise TokenizerError(f"{path}: no token for the single byte 0x{byte:02X}")
+    require_bytes(vocab, path)
     pairs = list(merges)
     try:
         model = models.BPE(vocab=dict(vocab), merges=pairs, ignore_merges=ignore_merges)

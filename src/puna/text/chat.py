@@ -96,13 +96,6 @@ def render_chat_text(
     return marks.remove(text)
 
 
-def has_chat_template(tokenizer: Tokenizer) -> bool:
-    """Say whether `encode_chat` finds a template when none is given."""
-    if tokenizer.chat_templates:
-        return tokenizer.chat_template is not None
-    return find_built_in(tokenizer) is not None
-
-
 def find_built_in(tokenizer: Tokenizer) -> str | None:
     """Return the name in `BUILT_IN` of the format that a vocabulary has the special tokens for, or None.
 

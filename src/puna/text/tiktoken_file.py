@@ -11,7 +11,16 @@ import binascii
 from pathlib import Path
 
 from puna.errors import TokenizerError
-from puna.text.byte_level import LLAMA3_SPLIT, LLAMA4_SPLIT, build_encoder, merges_of_ranks, to_alphabet
+from puna.text.byte_level import (
+    LLAMA3_SPLIT,
+    LLAMA4_SPLIT,
+    LazyEncoder,
+    PipelineEncoder,
+    build_encoder,
+    merges_of_ranks,
+    require_bytes,
+    to_alphabet,
+)
 from puna.text.tokenizer_config import HfTokenizerConfig, apply_config
 from puna.text.vocabulary import END_TOKENS, MAX_TOKEN_CHARS, TokenizerParts, check_token
 
@@ -74,10 +83,15 @@ def _build(path: Path, base: list[bytes], specials: list[str], split: str, *, pa
     vocab = {name: rank for rank, name in enumerate(names)}
     ids = {name: len(base) + index for index, name in enumerate(specials)}
     ends = [ids[name] for name in END_TOKENS if name in ids]
+    require_bytes(vocab, path)
+
+    def make_encoder() -> PipelineEncoder:
+        return build_encoder(vocab, merges_of_ranks(vocab), splits=(split,), ignore_merges=True, path=path)
+
     return TokenizerParts(
         tokens=names + specials,
         token_bytes=base + [name.encode() for name in specials],
-        encoder=build_encoder(vocab, merges_of_ranks(vocab), splits=(split,), ignore_merges=True, path=path),
+        encoder=LazyEncoder(make_encoder),
         special_tokens=ids,
         bos_token_id=ids["<|begin_of_text|>"],
         eos_token_id=ids["<|end_of_text|>"],

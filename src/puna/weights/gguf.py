@@ -96,6 +96,14 @@ class GgufFile:
             data = data.clone()
         return data.view(dtype).view(info.shape)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory of a tensor's pages; who still looks at them reads the file again."""
+        info = self.tensors[name]
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (info.offset + info.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._content.madvise(mmap.MADV_DONTNEED, first, size)
+
     @cached_property
     def _content(self) -> mmap.mmap:
         """Map the file privately and writable, since torch takes no read-only memory."""
@@ -132,6 +140,11 @@ class _Source:
             return values[0]
         packed = torch.stack([value.data for value in values])
         return packed if self.type in _FLOATS else QuantTensor(packed, self.type)
+
+    def release(self) -> None:
+        """Let go of the memory of its pages."""
+        for file, name in self.places:
+            file.release(name)
 
 
 def open_gguf(path: Path | str) -> GgufCheckpoint:
@@ -170,9 +183,10 @@ class GgufCheckpoint:
         Fills `skipped` with the names of vision tensors and others that are deliberately left out.
         """
         self.skipped.clear()
-        for name in self._sources:
+        for name, source in self._sources.items():
             if not _is_left_out(name):
                 yield from self._translated(name)
+                source.release()  # by now the weight is in the model: packed anew, or looked at in place
             elif name != _ROPE_FREQS:
                 self.skipped.append(name)
         yield from self._absent_biases()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ class HfCheckpoint:
         self.total_bytes = (
             sum(source.stored.num_bytes for source in self._plan.used()) + self.packed.num_bytes
         )
+        if self.config.tie_word_embeddings and _HEAD in self._plan.plain:
+            self.total_bytes -= self._plan.plain[_HEAD].stored.num_bytes
+        self.stored_dtype = self._stored_dtype()
         self.dtype = self._declared_dtype()
 
     def tensors(self) -> Iterator[tuple[str, Tensor | FourBitTensor | Int8Tensor]]:
@@ -93,6 +97,13 @@ class HfCheckpoint:
             return declared[self.config.dtype]
         dtypes = [source.stored.dtype for source in self._plan.used()]
         return next((dtype for dtype in dtypes if dtype is not None), torch.float32)
+
+    def _stored_dtype(self) -> torch.dtype:
+        """Return the dtype that most of the bytes are in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for source in self._plan.used():
+            sizes[source.stored.dtype or torch.float32] += source.stored.num_bytes
+        return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
     def _skip_tied_head(self, head: _Source) -> None:
         self.skipped.append(head.name)

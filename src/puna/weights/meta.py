@@ -91,7 +91,7 @@ class MetaCheckpoint:
         self._names = _common_names(self.path, self._shards)
         self.config = self._read_config(params)
         self._require_all_shards()
-        used = [name for name in self._names if not _DROPPED.fullmatch(name)]
+        used = [name for name in self._names if not self._is_skipped(name)]
         self.total_bytes = sum(shard.tensors[name].num_bytes for shard in self._shards for name in used)
         self.dtype = self._stored(_EMBEDDING).dtype or torch.float32
 
@@ -103,10 +103,13 @@ class MetaCheckpoint:
         """
         self.skipped = [name for shard in self._shards[:1] for name in shard.others]
         for name in self._names:
-            if _DROPPED.fullmatch(name) or (name == _HEAD and self.config.tie_word_embeddings):
+            if self._is_skipped(name):
                 self.skipped.append(name)
             else:
                 yield from self._convert(name)
+
+    def _is_skipped(self, name: str) -> bool:
+        return bool(_DROPPED.fullmatch(name)) or (name == _HEAD and self.config.tie_word_embeddings)
 
     # -------------------------------------------------------------------------------------------- the config
 
