@@ -449,6 +449,10 @@ def test_unknown_keys_are_named_and_dropped(caplog: pytest.LogCaptureFixture) ->
         ({"target_modules": "a|b", "layers_to_transform": 1}, ConfigError, "layers_to_transform"),
         ({"layers_pattern": "h"}, ConfigError, "layers_to_transform"),
         ({"bias": "some"}, ConfigError, "some"),
+        ({"lora_alpha": "x"}, ConfigError, "alpha must be a number"),
+        ({"alpha_pattern": {"q": "x"}}, ConfigError, "alpha must be a number"),
+        ({"rank_pattern": [1]}, ConfigError, "rank_pattern must map"),
+        ({"target_modules": "(q"}, ConfigError, "regular expression"),
     ],
 )
 def test_bad_configs(values: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -501,6 +505,13 @@ def test_files_that_do_not_fit(saved: Path) -> None:
     assert not any("lora" in key for key in model.state_dict())
     with pytest.raises(ModelNotFoundError, match="adapter_config"):
         PeftModel.from_pretrained(model, saved / "nowhere")
+
+
+def test_a_readme_that_is_there_is_kept(ours: PeftModel, saved: Path) -> None:
+    assert "library_name: peft" in (saved / "README.md").read_text()
+    (saved / "README.md").write_text("mine")
+    ours.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "mine"
 
 
 def test_a_file_cannot_change_other_weights(saved: Path) -> None:

@@ -298,7 +298,8 @@ class PeftModel(nn.Module):
         self._require(names)
         folder.mkdir(parents=True, exist_ok=True)
         base = next((c.base_model_name_or_path for c in self.peft_config.values()), None)
-        write_text(folder / "README.md", _CARD.format(base=base or ""))
+        if not (folder / "README.md").exists():
+            write_text(folder / "README.md", _CARD.format(base=base or ""))
         for name in names:
             config = self.peft_config[name]
             tensors = self._tensors(name, with_embeddings=bool(save_embedding_layers))

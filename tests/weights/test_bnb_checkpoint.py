@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from puna.auto_model import CausalLM
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, UnsupportedError
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import get_peft_model
 from puna.weights.hf import HfCheckpoint
 from puna.weights.int8 import Int8Linear
 from puna.weights.loader import load_model
 from puna.weights.nf4 import FourBitLinear
+from puna.weights.write_hf import write_hf
 
 from tiny import hf_llama
 
@@ -70,6 +71,18 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     assert sum(".lora_A." in key for key in adapted.state_dict()) == 14
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    whole = adapted.merge_and_unload()
+    write_hf(whole.llama, folder, tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    again = CausalLM(load_model(tmp_path / "merged"))
+    assert torch.equal(again(input_ids=IDS).logits, whole(input_ids=IDS).logits)
+
+
+def test_packed_weights_are_not_written(tmp_path: Path) -> None:
+    _, folder = saved("fp4", tmp_path)
+    with pytest.raises(UnsupportedError, match="quantised weights"):
+        write_hf(load_model(folder), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged(tmp_path: Path) -> None:
@@ -91,6 +104,7 @@ def test_damaged(tmp_path: Path) -> None:
     values = json.loads(bytes(tensors[state].tolist()))
     for change, text in (
         ({"dtype": "load"}, "dtype 'load'"),
+        ({"dtype": []}, "dtype"),
         ({"shape": [64, 80]}, "wrong shape.*up_proj"),
         ({"shape": "x"}, "shape 'x'"),
     ):

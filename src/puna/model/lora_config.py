@@ -8,6 +8,7 @@ no tensors and no files.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -72,6 +73,7 @@ class LoraConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        self._check_patterns()
         for name, value in (("r", self.r), *self.rank_pattern.items()):
             if not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name}: a rank must be a positive integer, got {value!r}")
@@ -90,6 +92,21 @@ class LoraConfig:
         if self.ensure_weight_tying:
             raise UnsupportedError("ensure_weight_tying is not supported")
         self._check_combinations()
+
+    def _check_patterns(self) -> None:
+        expressions = {e for e in (self.target_modules, self.exclude_modules) if isinstance(e, str)}
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ParameterError(f"{name} must map patterns to numbers, got {getattr(self, name)!r}")
+            expressions |= set(getattr(self, name))
+        for name, value in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
+            if not isinstance(value, int | float):
+                raise ParameterError(f"{name}: alpha must be a number, got {value!r}")
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ParameterError(f"{expression!r} is not a regular expression: {error}") from error
 
     def _check_combinations(self) -> None:
         init = self.init_lora_weights

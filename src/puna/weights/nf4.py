@@ -149,7 +149,7 @@ def _read_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 32 for n in shape):
         raise ValueError(f"its quant_state has the shape {shape!r}")
-    if state.get("dtype") not in _DTYPES or not isinstance(offset, int | float):
+    if str(state.get("dtype")) not in _DTYPES or not isinstance(offset, int | float):
         raise ValueError(f"its quant_state has the dtype {state.get('dtype')!r} and the offset {offset!r}")
     _check(state.get("quant_type"), state.get("blocksize"))
     return state

@@ -68,6 +68,7 @@ def _config(base: Path, network: Llama) -> dict[str, object]:
     config = read_json_object(path)
     if "text_config" in config:
         raise UnsupportedError(f"{path}: multimodal models cannot be written, since images are not read")
+    config.pop("quantization_config", None)  # what is packed is refused
     dtype = str(network.model.norm.weight.dtype).removeprefix("torch.")
     for key in ("torch_dtype", "dtype"):
         if key in config:
