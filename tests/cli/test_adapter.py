@@ -76,7 +76,8 @@ def test_convert(stories: Path, tmp_path: Path) -> None:
     assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], a.T)
     assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], b.T)
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 30.0, ["q_proj"])
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 30, ["q_proj"])
+    assert isinstance(config["lora_alpha"], int)
     assert (config["layers_to_transform"], config["base_model_name_or_path"]) == ([2], str(stories / "hf"))
     assert isinstance(invoke("convert", source, out).exception, ParameterError)
 

@@ -209,6 +209,7 @@ def _halves_from_pairs(file: TensorFile, name: str, value: Tensor, num_heads: in
 
 def _config(tensors: Mapping[str, Tensor], base: LlamaConfig | None, **values: Any) -> LoraConfig:
     """Make the config of read tensors, with targets that mean just the modules that they belong to."""
+    values["lora_alpha"] = int(alpha) if (alpha := values["lora_alpha"]) == int(alpha) else alpha
     modules = sorted({re.sub(r"\.lora_.*", "", name) for name in tensors})
     found = [match for module in modules if (match := _LAYER.fullmatch(module))]
     in_layer: dict[int, set[str]] = {}
@@ -267,7 +268,8 @@ def _litgpt_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelNotFoundError(f"{path}: not there; it says what a LitGPT adapter is")
     found: dict[str, Any] = {}
-    for key, value in re.findall(r"^(lora_\w+): *(\S+) *$", path.read_text(encoding="utf-8"), re.MULTILINE):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for key, value in re.findall(r"^(lora_\w+): *(\S+) *$", text, re.MULTILINE):
         try:
             found[key] = value == "true" if value in ("true", "false") else float(value)
         except ValueError as error:
