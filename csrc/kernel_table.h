@@ -35,6 +35,24 @@ struct QuantLinearJob {
   int64_t out_stride;
 };
 
+// A matrix of activations as float32, in an order that the instruction set chooses for their number.
+struct DenseInput {
+  int64_t tokens, columns;
+  float* values;  // room for tokens * (columns + 16)
+};
+
+struct DenseLinearJob {
+  const uint16_t* weight;  // (rows, columns of x) without gaps
+  Dtype type;              // of the weight: f16 or bf16
+  int64_t rows;
+  const DenseInput* x;
+  void* out;  // (tokens, rows), rows `out_stride` apart
+  Dtype out_type;
+  int64_t out_stride;
+};
+
+constexpr int64_t kDenseTokens = 252;  // the most tokens of a DenseInput
+
 struct KernelTable {
   const char* name;
   // The number of tokens in the group that starts when `left` tokens are left.
@@ -44,6 +62,11 @@ struct KernelTable {
                    const Activations& out);
   // Multiply with the tiles [begin, end). Null: the type is not known.
   void (*quant_linear[kNumBlockTypes])(const QuantLinearJob& job, int64_t begin, int64_t end);
+  // Convert the tokens [begin, end) of x, whose rows are `stride` apart.
+  void (*dense_pack)(const void* x, Dtype type, int64_t stride, int64_t begin, int64_t end,
+                     const DenseInput& out);
+  // Multiply with the rows [begin, end) of the weight; begin is a multiple of 16.
+  void (*dense_linear)(const DenseLinearJob& job, int64_t begin, int64_t end);
 };
 
 extern const KernelTable kPortableKernels;

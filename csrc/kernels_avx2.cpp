@@ -2,7 +2,7 @@
 #define PUNA_ISA isa_avx2
 #include "simd_avx2.h"
 
-#include "quant_linear.h"
+#include "make_table.h"
 
 namespace puna {
 const KernelTable kAvx2Kernels = PUNA_ISA::make_table("avx2");

@@ -2,7 +2,7 @@
 #define PUNA_ISA isa_avx512
 #include "simd_avx512.h"
 
-#include "quant_linear.h"
+#include "make_table.h"
 
 namespace puna {
 const KernelTable kAvx512Kernels = PUNA_ISA::make_table("avx512");

@@ -3,7 +3,7 @@
 #define PUNA_VNNI
 #include "simd_avx2.h"
 
-#include "quant_linear.h"
+#include "make_table.h"
 
 namespace puna {
 const KernelTable kAvxVnniKernels = PUNA_ISA::make_table("avxvnni");

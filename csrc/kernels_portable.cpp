@@ -2,7 +2,7 @@
 #define PUNA_ISA isa_portable
 #include "simd_portable.h"
 
-#include "quant_linear.h"
+#include "make_table.h"
 
 namespace puna {
 const KernelTable kPortableKernels = PUNA_ISA::make_table("portable");

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "dense_linear_driver.h"
 #include "quant_linear_driver.h"
 #include "tiles.h"
 
@@ -123,6 +124,34 @@ void linear(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64_t str
   quant_linear(input, type, tokens, stride, weights, addresses);
 }
 
+// As `linear`, with weights of 16-bit floats: (rows, columns) without gaps, all of the type `weight_dtype`.
+void linear_dense(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64_t stride, int weight_dtype,
+                  const std::vector<uintptr_t>& weights, const std::vector<int64_t>& weight_sizes,
+                  const std::vector<uintptr_t>& outs, const std::vector<int64_t>& out_sizes) {
+  const Dtype type = require_dtype(dtype), weight_type = require_dtype(weight_dtype);
+  require(weight_type != Dtype::f32, "no kernel for float32 weights");
+  require(tokens >= 0 && tokens <= (int64_t{1} << 24), "too many tokens");
+  require(columns > 0 && columns <= (int64_t{1} << 24), "an input without columns, or a huge one");
+  require(stride >= columns && stride <= (int64_t{1} << 40), "rows overlap, or are far apart");
+  require(weights.size() == weight_sizes.size() && weights.size() == outs.size() &&
+              weights.size() == out_sizes.size(),
+          "one output is needed for each weight");
+  if (tokens == 0) return;
+  std::vector<DenseWeight> matrices;
+  std::vector<void*> addresses;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    require(weight_sizes[i] > 0 && weight_sizes[i] % columns == 0, "a weight is no whole number of rows");
+    const int64_t rows = weight_sizes[i] / columns;
+    require(rows <= (int64_t{1} << 24) && out_sizes[i] == tokens * rows,
+            "an output has another size than tokens * rows");
+    matrices.push_back({static_cast<const uint16_t*>(require_address(weights[i], 2)), rows});
+    addresses.push_back(const_cast<void*>(require_address(outs[i], dtype_bytes(type))));
+  }
+  const void* input = require_address(x, dtype_bytes(type));
+  nb::gil_scoped_release released;
+  dense_linear(input, type, tokens, columns, stride, weight_type, matrices, addresses);
+}
+
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
@@ -153,4 +182,6 @@ NB_MODULE(_cpu, m) {
       .def("unpack", &QuantMatrix::unpack, "numbers"_a, "out"_a);
   m.def("linear", &linear, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a, "matrices"_a, "outs"_a,
         "out_sizes"_a);
+  m.def("dense_linear", &linear_dense, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a,
+        "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a);
 }

@@ -6,25 +6,14 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "block_unpack.h"
 #include "kernel_table.h"
-
-#define PUNA_INLINE_LAMBDA __attribute__((always_inline))
-#define PUNA_INLINE inline __attribute__((always_inline))
+#include "vector_io.h"
 
 namespace puna {
 namespace PUNA_ISA {
 namespace {
-
-template <int n, int i = 0, class Body>
-PUNA_INLINE void static_for(Body&& body) {
-  if constexpr (i < n) {
-    body(std::integral_constant<int, i>{});
-    static_for<n, i + 1>(body);
-  }
-}
 
 inline int group_size(int64_t left) {
   for (int n = Simd::kTokens; n > 1; n /= 2)
@@ -49,18 +38,6 @@ inline Group group_of(const Activations& x, int64_t first, int count) {
           x.sums_32 + first * x.columns / 32,
           x.float_sums_16 + first * x.columns / 16,
           x.float_sums_32 + first * x.columns / 32};
-}
-
-inline F load_any(const void* p, Dtype type, int64_t index) {
-  if (type == Dtype::f32) return Simd::load_f(static_cast<const float*>(p) + index);
-  const uint16_t* half = static_cast<const uint16_t*>(p) + index;
-  return type == Dtype::f16 ? Simd::load_half(half) : Simd::load_bfloat(half);
-}
-
-inline void store_any(void* p, Dtype type, int64_t index, F f) {
-  if (type == Dtype::f32) return Simd::store_f(static_cast<float*>(p) + index, f);
-  uint16_t* half = static_cast<uint16_t*>(p) + index;
-  return type == Dtype::f16 ? Simd::store_half(half, f) : Simd::store_bfloat(half, f);
 }
 
 // Quantise 32 values to out[4 * step * i ...]. Returns the scale: NaN if a value is not finite.
@@ -284,13 +261,8 @@ void multiply_group(const Panel& panel, const Group& x, int64_t first_sub, int s
 }
 
 inline void store_rows(const QuantLinearJob& job, int64_t token, int64_t tile, F f) {
-  const int64_t at = token * job.out_stride + tile * kTileRows;
-  const int64_t rows = job.rows - tile * kTileRows;
-  if (rows >= kTileRows) return store_any(job.out, job.out_type, at, f);
-  alignas(64) uint8_t whole[64];
-  store_any(whole, job.out_type, 0, f);
-  const int size = dtype_bytes(job.out_type);
-  __builtin_memcpy(static_cast<uint8_t*>(job.out) + at * size, whole, static_cast<size_t>(rows * size));
+  store_some(job.out, job.out_type, token * job.out_stride + tile * kTileRows, job.rows - tile * kTileRows,
+             f);
 }
 
 constexpr int kMostTokens = 128;
@@ -341,26 +313,6 @@ void quant_linear(const QuantLinearJob& job, int64_t begin, int64_t end) {
     const int64_t last = x.tokens - first < step ? x.tokens : first + step;
     for (int64_t tile = begin; tile < end; ++tile) many_tokens<T>(job, tile, first, last);
   }
-}
-
-constexpr KernelTable make_table(const char* name) {
-  KernelTable table{};
-  table.name = name;
-  table.group_size = group_size;
-  table.quantize = quantize;
-  table.quant_linear[kQ4_0] = quant_linear<Q4_0>;
-  table.quant_linear[kQ4_1] = quant_linear<Q4_1>;
-  table.quant_linear[kQ5_0] = quant_linear<Q5_0>;
-  table.quant_linear[kQ5_1] = quant_linear<Q5_1>;
-  table.quant_linear[kQ8_0] = quant_linear<Q8_0>;
-  table.quant_linear[kQ2_K] = quant_linear<Q2_K>;
-  table.quant_linear[kQ3_K] = quant_linear<Q3_K>;
-  table.quant_linear[kQ4_K] = quant_linear<Q4_K>;
-  table.quant_linear[kQ5_K] = quant_linear<Q5_K>;
-  table.quant_linear[kQ6_K] = quant_linear<Q6_K>;
-  table.quant_linear[kIQ4_NL] = quant_linear<IQ4_NL>;
-  table.quant_linear[kIQ4_XS] = quant_linear<IQ4_XS>;
-  return table;
 }
 
 }  // namespace

@@ -1,35 +1,13 @@
 #include "quant_linear_driver.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "cpu_features.h"
+#include "workspace.h"
 
 namespace puna {
 namespace {
 
-constexpr int64_t kAlign = 64;
+constexpr int64_t kAlign = Workspace::kAlign;
 constexpr int64_t kWorthThreads = 1 << 16;  // multiplications below which starting threads costs more
-
-struct Freed {
-  void operator()(uint8_t* p) const { std::free(p); }
-};
-
-// Memory that a thread keeps for the activations of its next call.
-uint8_t* workspace(int64_t bytes) {
-  thread_local std::unique_ptr<uint8_t, Freed> kept;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    kept.reset();
-    size = 0;
-    const int64_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
-    kept.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, static_cast<size_t>(rounded))));
-    if (kept == nullptr) throw std::bad_alloc();
-    size = rounded;
-  }
-  return kept.get();
-}
 
 template <class T>
 T* take(uint8_t*& at, int64_t count) {
@@ -40,7 +18,8 @@ T* take(uint8_t*& at, int64_t count) {
 
 Activations make_activations(int64_t tokens, int64_t columns) {
   const int64_t values = tokens * columns, runs = values / 32;
-  uint8_t* at = workspace(values + runs * (3 + 4) * 4 + 6 * kAlign);
+  thread_local Workspace workspace;
+  uint8_t* at = workspace.take(values + runs * (3 + 4) * 4 + 6 * kAlign);
   Activations x{};
   x.tokens = tokens;
   x.columns = columns;

@@ -8,12 +8,15 @@
 
 #include <cstdint>
 
+#include "transpose_avx2.h"
+
 namespace puna {
 namespace PUNA_ISA {
 namespace {
 
 struct Simd {
   static constexpr int kTokens = 4;
+  static constexpr int kDenseGroup = 6;
   struct W {
     __m256i a, b;
   };
@@ -116,6 +119,12 @@ struct Simd {
   static void store_bfloat(void* p, F f) {
     const __m256i packed = _mm256_packus_epi32(round_to_bfloat(f.a), round_to_bfloat(f.b));
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  static void transpose_bfloat(const uint16_t* const* rows, int64_t at, float* out) {
+    transpose_bfloat_avx2(rows, at, out);
+  }
+  static void transpose_half(const uint16_t* const* rows, int64_t at, float* out) {
+    transpose_half_avx2(rows, at, out);
   }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }

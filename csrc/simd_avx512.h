@@ -12,12 +12,15 @@
 
 #include <cstdint>
 
+#include "transpose_avx2.h"
+
 namespace puna {
 namespace PUNA_ISA {
 namespace {
 
 struct Simd {
   static constexpr int kTokens = 8;
+  static constexpr int kDenseGroup = 12;
   static constexpr bool kSignedAsOffset = true;
   using W = __m512i;
   using F = __m512;
@@ -80,6 +83,12 @@ struct Simd {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
     const __m512i kept = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
+  }
+  static void transpose_bfloat(const uint16_t* const* rows, int64_t at, float* out) {
+    transpose_bfloat_avx2(rows, at, out);
+  }
+  static void transpose_half(const uint16_t* const* rows, int64_t at, float* out) {
+    transpose_half_avx2(rows, at, out);
   }
   static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
   static F add(F x, F y) { return _mm512_add_ps(x, y); }

@@ -20,6 +20,7 @@ namespace {
 
 struct Simd {
   static constexpr int kTokens = 4;
+  static constexpr int kDenseGroup = 4;
   static constexpr bool kSignedAsOffset = false;
   struct W {
     uint8_t v[64];
@@ -136,6 +137,13 @@ struct Simd {
     uint16_t h[16];
     for (int n = 0; n < 16; ++n) h[n] = float_to_bfloat(f.v[n]);
     std::memcpy(p, h, 32);
+  }
+  // 16 rows by the 8 columns from `at` on, column by column: out[16 * column + row].
+  PUNA_OUTLINE void transpose_bfloat(const uint16_t* const* rows, int64_t at, float* out) {
+    for (int n = 0; n < 128; ++n) out[n] = bfloat_to_float(rows[n % 16][at + n / 16]);
+  }
+  PUNA_OUTLINE void transpose_half(const uint16_t* const* rows, int64_t at, float* out) {
+    for (int n = 0; n < 128; ++n) out[n] = half_to_float(rows[n % 16][at + n / 16]);
   }
   PUNA_OUTLINE F mul(F a, F b) {
     for (int n = 0; n < 16; ++n) a.v[n] *= b.v[n];

@@ -27,10 +27,10 @@ class Gate:
         self.function = function
         self.reached, self.opened = threading.Event(), threading.Event()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         self.reached.set()
         assert self.opened.wait(30), "nobody opened the gate"
-        return self.function(*args)
+        return self.function(*args, **options)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ async def read(engine: AsyncLLM, request_id: str, prompt: str | list[int], param
     return text
 
 
-@pytest.mark.parametrize(("held", "owner"), [("_compile_grammar", "engine"), ("encode", "tokenizer")])
+@pytest.mark.parametrize(("held", "owner"), [("compile_grammar", "engine"), ("encode", "tokenizer")])
 def test_a_slow_grammar_or_text_holds_up_no_other_stream(
     engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch, held: str, owner: str
 ) -> None:
@@ -72,8 +72,8 @@ def test_a_slow_grammar_or_text_holds_up_no_other_stream(
 def test_what_is_still_being_prepared_can_be_aborted(
     engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(engine.text_engine._compile_grammar)
-    monkeypatch.setattr(engine.text_engine, "_compile_grammar", gate)
+    gate = Gate(engine.text_engine.compile_grammar)
+    monkeypatch.setattr(engine.text_engine, "compile_grammar", gate)
 
     async def scene() -> None:
         slow = asyncio.create_task(read(engine, "slow", "Lily said", YES))
@@ -90,8 +90,8 @@ def test_what_is_still_being_prepared_can_be_aborted(
 
 
 def test_a_cancelled_preparation_adds_nothing(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(engine.text_engine._compile_grammar)
-    monkeypatch.setattr(engine.text_engine, "_compile_grammar", gate)
+    gate = Gate(engine.text_engine.compile_grammar)
+    monkeypatch.setattr(engine.text_engine, "compile_grammar", gate)
 
     async def scene() -> None:
         slow = asyncio.create_task(read(engine, "slow", "Lily said", YES))

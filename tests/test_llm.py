@@ -197,6 +197,8 @@ def test_speculation_writes_the_same_story(stories: Path, golden: str) -> None:
         ({"no_such_thing": 1}, "'no_such_thing'"),
         ({"speculative_config": {"method": "eagle", "num_speculative_tokens": 2}}, "'eagle'"),
         ({"dtype": "int3"}, "int3"),
+        ({"structured_outputs_config": {"backend": "xgrammar"}}, "'xgrammar'"),
+        ({"pooler_config": {"pooling_type": "CLS"}}, "'cls'"),
     ],
     ids=str,
 )

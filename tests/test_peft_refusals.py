@@ -83,9 +83,9 @@ def test_how_an_adapter_began_does_not_keep_it_from_being_read(saved: Path) -> N
 
 
 @pytest.fixture
-def saved(ours: PeftModel, tmp_path: Path) -> Iterator[Path]:
+def saved(ours: PeftModel, tmp_path: Path) -> Path:
     ours.save_pretrained(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def test_files_that_do_not_fit(saved: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,21 +17,33 @@ from tqdm import tqdm
 
 from puna.engine.beam_search import beam_search
 from puna.engine.llm_engine import EngineConfig
-from puna.engine.pooling import Pooling, pool
-from puna.engine.sampling import BeamSearchParams, SamplingParams
-from puna.engine.speculative import DraftModelProposer, NgramProposer, Proposer
+from puna.engine.pooling import Pooling, PoolingParams, pool
+from puna.engine.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 from puna.errors import ParameterError, UnsupportedError
-from puna.locate import find_model, listed_sampling
-from puna.model.llama import Llama
+from puna.llm_arguments import (
+    check_quantization,
+    check_structured_outputs,
+    dtype_of,
+    make_proposer,
+    pooling_of,
+    refuse_unknown,
+    sampling_defaults,
+    speculative_of,
+)
+from puna.locate import find_model
 from puna.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
     EmbeddingOutput,
     EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
+    name_logprobs,
 )
+from puna.prompts import Prompt, cache_salt, list_prompts, read_prompt
 from puna.text.chat import encode_chat
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.text_engine import TextEngine
@@ -39,25 +51,9 @@ from puna.weights.loader import load_model
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
-
-# Arguments of vLLM's that mean no more than what Puna always does, with the values that say so.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "tensor_parallel_size": (1,),
-    "quantization": (None,),  # quantised weights come in GGUF files, and say so themselves
-    "trust_remote_code": (False,),
-    "enable_chunked_prefill": (True, None),
-    "disable_log_stats": (True, False),
-    "tokenizer_mode": ("auto",),
-    "runner": ("auto", "generate"),
-    "pipeline_parallel_size": (1,),
-    "load_format": ("auto",),
-    "skip_tokenizer_init": (False,),
-    "swap_space": (0,),
-    "cpu_offload_gb": (0,),
-    "enable_lora": (False,),
-}
+UseTqdm = bool | Callable[..., Any]  # a callable makes the bar
+ManyParams = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -80,30 +76,39 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_logprobs: int = 20,
         enable_prefix_caching: bool = True,
-        enforce_eager: bool = True,  # always so: there are no captured graphs
-        tensor_parallel_size: int = 1,
         scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
         speculative_config: Mapping[str, Any] | None = None,
+        spec_method: str | None = None,
+        spec_model: str | None = None,
+        spec_tokens: int | None = None,
+        structured_outputs_config: Mapping[str, Any] | None = None,
+        pooler_config: Mapping[str, Any] | None = None,
         generation_config: str = "auto",
+        override_generation_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         device: str | None = None,
         **others: Any,
     ) -> None:
         """Load a model. `gpu_memory_utilization` is the share of the GPU, or of the free RAM on the CPU.
 
-        Raises UnsupportedError naming an argument that Puna does not have.
+        `max_model_len` is the model's context by default, or with -1, and lowered to what the cache holds.
+        `others` are arguments of vLLM's that may only say what Puna does anyway (`llm_arguments`); raises
+        UnsupportedError naming one that it does not have.
         """
-        _refuse_unknown(others | {"tensor_parallel_size": tensor_parallel_size, "quantization": quantization})
-        if generation_config not in ("auto", "vllm"):
-            raise ParameterError(f"generation_config must be 'auto' or 'vllm', got {generation_config!r}")
+        refuse_unknown(others)
+        check_structured_outputs(structured_outputs_config)
+        self._pooling, self._normalize = pooling_of(pooler_config)
         began = time.monotonic()
         path = find_model(str(model))
+        check_quantization(quantization, path)
+        self._defaults = sampling_defaults(path, generation_config, override_generation_config)
+        self.get_default_sampling_params()  # raises for a wrong value, before the weights are read
         on = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        network = load_model(path, dtype=_dtype_of(dtype), device=on)
+        network = load_model(path, dtype=dtype_of(dtype), device=on)
         loaded = time.monotonic()
         self._tokenizer = load_tokenizer(path if tokenizer is None else find_model(str(tokenizer)))
         config = EngineConfig(
-            max_model_len=max_model_len,
+            max_model_len=None if max_model_len == -1 else max_model_len,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -115,9 +120,9 @@ class LLM:
             max_logprobs=max_logprobs,
             seed=seed,
         )
-        proposer = _proposer(speculative_config, network, on)
+        speculative = speculative_of(speculative_config, spec_method, spec_model, spec_tokens)
+        proposer = make_proposer(speculative, network, on)
         self.text_engine = TextEngine(network, self._tokenizer, config, proposer=proposer)
-        self._defaults = listed_sampling(path) if generation_config == "auto" else {}
         if self._defaults:
             logger.info("sampling defaults of the model: %s", self._defaults)
         self._chat_template = chat_template
@@ -127,19 +132,22 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ManyParams = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
         lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Answer prompts: text, ids, dicts of `prompt` or `prompt_token_ids`, one or a list of these.
 
-        Without params the model's own are used (`get_default_sampling_params`).
+        Without params the model's own are used (`get_default_sampling_params`). Text gets a BOS, and the
+        names of special tokens in it become these tokens; `tokenization_kwargs` may say otherwise
+        (`add_special_tokens`, `split_special_tokens`, `truncate_prompt_tokens`).
         """
-        if lora_request is not None:
-            raise UnsupportedError("lora_request: adapters are not served yet")
-        listed = _as_list(prompts)
+        _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        listed = list_prompts(prompts)
         params = self._params_for(sampling_params, len(listed))
         urgencies = [0] * len(listed) if priority is None else list(priority)
         if len(urgencies) != len(listed):
@@ -149,7 +157,7 @@ class LLM:
         ids: list[str] = []
         try:
             for one in zip(listed, params, urgencies, strict=True):
-                ids.append(self._add(*one))
+                ids.append(self._add(*one, tokenization_kwargs))
             return self._run(ids, use_tqdm)
         finally:
             for request_id in ids:
@@ -158,19 +166,28 @@ class LLM:
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
+        sampling_params: ManyParams = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
         chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, rendered by the model's chat template."""
+        if chat_template_content_format != "auto":
+            raise UnsupportedError(
+                f"chat_template_content_format={chat_template_content_format!r}: only 'auto'"
+            )
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            encode_chat(
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            ids = encode_chat(
                 self._tokenizer,
                 conversation,  # type: ignore[arg-type]
                 tools=tools,
@@ -179,41 +196,108 @@ class LLM:
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+            prompts.append({"prompt_token_ids": ids, "prompt": self._tokenizer.decode(ids)})
+        return self.generate(
+            prompts,
+            sampling_params,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: UseTqdm = False,
+        concurrency_limit: int | None = None,
+        priority: None = None,
     ) -> list[BeamSearchOutput]:
-        """Find the likeliest continuations of each prompt, best first."""
-        engine, outputs = self.text_engine.engine, []
-        for prompt in tqdm(_as_list(prompts), disable=not use_tqdm, desc="Beam search"):
-            ids = self._ids_of(prompt)
-            found = []
-            for beam in beam_search(engine, ids, params):
-                text = self._tokenizer.decode(beam.output_ids, skip_special_tokens=True)
-                found.append(BeamSearchSequence(beam.token_ids, beam.logprob, text, beam.finish_reason))
-            outputs.append(BeamSearchOutput(found))
+        """Find the likeliest continuations of each prompt, best first.
+
+        One prompt is searched at a time, which is within every `concurrency_limit`.
+        """
+        _refuse(lora_request=lora_request, priority=priority)
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise ParameterError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
+        outputs: list[BeamSearchOutput] = []
+        listed = list_prompts(prompts)
+        with _bar(use_tqdm, total=len(listed), desc="Beam search") as bar:
+            for prompt in listed:
+                outputs.append(BeamSearchOutput(self._beams(prompt, params)))
+                bar.update()
         return outputs
+
+    def _beams(self, prompt: Prompt, params: BeamSearchParams) -> list[BeamSearchSequence]:
+        _, ids = read_prompt(self.text_engine, prompt)
+        wanted = params.structured_outputs
+        grammar = None if wanted is None else self.text_engine.compile_grammar(wanted)
+        engine = self.text_engine.engine
+        size = min(self._tokenizer.vocab_size, engine.model.config.vocab_size)
+        return [
+            BeamSearchSequence(
+                tokens=beam.token_ids,
+                logprobs=[name_logprobs(found, self._tokenizer) for found in beam.logprobs],
+                cum_logprob=beam.logprob,
+                text=self._tokenizer.decode(beam.token_ids, skip_special_tokens=params.skip_special_tokens),
+                finish_reason=beam.finish_reason,
+                stop_reason=beam.stop_id,
+            )
+            for beam in beam_search(engine, ids, params, grammar=grammar, num_token_ids=size)
+        ]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        pooling_task: str | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Return hidden states: a vector of each prompt ("embed"), or one of each token ("token_embed")."""
+        _refuse(lora_request=lora_request)
+        params = pooling_params or PoolingParams()
+        task = PoolingParams(task=pooling_task or params.task).task
+        if task is None:
+            raise ParameterError("encode needs pooling_task='embed' or 'token_embed'")
+        pooling: Pooling = "all" if task == "token_embed" else self._pooling
+        listed = [read_prompt(self.text_engine, p, tokenization_kwargs)[1] for p in list_prompts(prompts)]
+        normalize = self._normalize if params.use_activation is None else params.normalize
+        return self._pool(listed, pooling, normalize, use_tqdm)
 
     def embed(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        use_tqdm: bool = True,
-        pooling: Pooling = "last",
-        normalize: bool = True,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        pooling: Literal["last", "mean"] | None = None,
+        normalize: bool | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """Return a vector for each prompt: the final hidden state of its last token, or the mean of all."""
-        listed = [self._ids_of(prompt) for prompt in _as_list(prompts)]
-        engine = self.text_engine.engine
-        outputs: list[EmbeddingRequestOutput] = []
-        for ids in tqdm(listed, disable=not use_tqdm, desc="Embed"):
-            vector = pool(engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len)
-            embedding = EmbeddingOutput(vector.tolist())
-            outputs.append(EmbeddingRequestOutput(str(len(outputs)), embedding, ids))
-        return outputs
+        """Return a vector for each prompt: the final hidden state of its last token, or the mean of all.
+
+        `pooling` and `normalize` go before `pooling_params` and the `pooler_config` of the constructor.
+        """
+        _refuse(lora_request=lora_request)
+        params = pooling_params or PoolingParams()
+        if params.task not in (None, "embed"):
+            raise ParameterError(f"embed does not do the task {params.task!r}: use encode")
+        if normalize is None:
+            normalize = self._normalize if params.use_activation is None else params.normalize
+        listed = [read_prompt(self.text_engine, p, tokenization_kwargs)[1] for p in list_prompts(prompts)]
+        return [
+            EmbeddingRequestOutput(
+                found.request_id, EmbeddingOutput(found.outputs.data.tolist()), found.prompt_token_ids
+            )
+            for found in self._pool(listed, pooling or self._pooling, normalize, use_tqdm)
+        ]
 
     def score(
         self,
@@ -221,20 +305,31 @@ class LLM:
         data_2: Prompt | Sequence[Prompt],
         /,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        chat_template: None = None,
     ) -> list[ScoringRequestOutput]:
         """Return the cosine similarity of pairs of prompts; one against many is allowed."""
-        left, right = _as_list(data_1), _as_list(data_2)
+        _refuse(chat_template=chat_template, lora_request=lora_request)
+        if pooling_params is not None and pooling_params.use_activation is not None:
+            raise UnsupportedError("use_activation: a score is the cosine of two vectors in any case")
+        left, right = list_prompts(data_1), list_prompts(data_2)
         if len(left) == 1:
             left = left * len(right)
         if len(left) != len(right):
             raise ParameterError(f"{len(left)} and {len(right)} texts do not pair: give one or as many")
-        vectors = [output.outputs.embedding for output in self.embed([*left, *right], use_tqdm=use_tqdm)]
-        pairs = zip(vectors[: len(left)], vectors[len(left) :], strict=True)
-        return [
-            ScoringRequestOutput(str(i), ScoringOutput(sum(a * b for a, b in zip(*pair, strict=True))))
-            for i, pair in enumerate(pairs)
-        ]
+        found = self.embed(
+            [*left, *right], use_tqdm=use_tqdm, tokenization_kwargs=tokenization_kwargs, normalize=True
+        )
+        outputs: list[ScoringRequestOutput] = []
+        for one, other in zip(found[: len(left)], found[len(left) :], strict=True):
+            pairs = zip(one.outputs.embedding, other.outputs.embedding, strict=True)
+            ids = [*one.prompt_token_ids, *other.prompt_token_ids]
+            score = ScoringOutput(sum(a * b for a, b in pairs))
+            outputs.append(ScoringRequestOutput(str(len(outputs)), score, ids))
+        return outputs
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer."""
@@ -252,9 +347,11 @@ class LLM:
         """Return the engine's counters and gauges."""
         return self.text_engine.engine.snapshot()
 
-    def _params_for(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """Return on how many devices the model runs."""
+        return 1
+
+    def _params_for(self, params: ManyParams, count: int) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
@@ -263,27 +360,37 @@ class LLM:
             raise ParameterError(f"{len(params)} sampling params do not fit {count} prompts")
         return list(params)
 
-    def _ids_of(self, prompt: Prompt) -> list[int]:
-        content = _content(prompt)
-        return self._tokenizer.encode(content) if isinstance(content, str) else list(content)
+    def _pool(
+        self, listed: list[list[int]], pooling: Pooling, normalize: bool, use_tqdm: UseTqdm
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        engine = self.text_engine.engine
+        outputs: list[PoolingRequestOutput[PoolingOutput]] = []
+        with _bar(use_tqdm, total=len(listed), desc="Pool") as bar:
+            for ids in listed:
+                data = pool(engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len)
+                outputs.append(PoolingRequestOutput(str(len(outputs)), PoolingOutput(data), ids))
+                bar.update()
+        return outputs
 
-    def _add(self, prompt: Prompt, params: SamplingParams, priority: int) -> str:
+    def _add(
+        self, prompt: Prompt, params: SamplingParams, priority: int, options: Mapping[str, Any] | None
+    ) -> str:
         request_id = str(self._count)
-        salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
-        self.text_engine.add(request_id, _content(prompt), params, priority=priority, salt=str(salt).encode())
+        text, ids = read_prompt(self.text_engine, prompt, options)
+        self.text_engine.add(request_id, ids, params, priority=priority, salt=cache_salt(prompt), text=text)
         self._count += 1
         return request_id
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        """Step until all have ended; return them in the order of the ids."""
+    def _run(self, request_ids: list[str], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        """Step until all have ended; return them, whole, in the order of the ids."""
         done: dict[str, RequestOutput] = {}
         began, tokens = time.monotonic(), 0
-        with tqdm(total=len(request_ids), disable=not use_tqdm, desc="Generate", unit="req") as bar:
+        with _bar(use_tqdm, total=len(request_ids), desc="Generate", unit="req") as bar:
             while self.text_engine.has_unfinished:
                 for request in self.text_engine.step():
                     if not request.finished:
                         continue
-                    output = request.snapshot()
+                    output = request.snapshot(RequestOutputKind.FINAL_ONLY)
                     done[request.request_id] = output
                     tokens += sum(len(answer.token_ids) for answer in output.outputs)
                     bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.1f} tok/s")
@@ -291,65 +398,14 @@ class LLM:
         return [done[request_id] for request_id in request_ids]
 
 
-def _refuse_unknown(others: Mapping[str, Any]) -> None:
-    for name, value in others.items():
-        if name not in _HARMLESS:
-            raise UnsupportedError(f"LLM has no argument {name!r}")
-        if value not in _HARMLESS[name]:
+def _refuse(**arguments: Any) -> None:
+    """Raise UnsupportedError naming the first argument that was given."""
+    for name, value in arguments.items():
+        if value is not None:
             raise UnsupportedError(f"{name}={value!r} is not supported")
 
 
-def _dtype_of(dtype: str | torch.dtype) -> Any:
-    names = {"half": torch.float16, "float": torch.float32}
-    names |= {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in names:
-        raise ParameterError(f"dtype must be 'auto' or one of {', '.join(names)}, got {dtype!r}")
-    return names[dtype]
-
-
-def _proposer(config: Mapping[str, Any] | None, model: Llama, device: str) -> Proposer | None:
-    """Make what speculates, from vLLM's `speculative_config`."""
-    if config is None:
-        return None
-    values = dict(config)
-    count = values.pop("num_speculative_tokens", None)
-    if not isinstance(count, int):
-        raise ParameterError("speculative_config needs num_speculative_tokens")
-    method = values.pop("method", "draft_model" if "model" in values else "ngram")
-    if method == "ngram":
-        longest = values.pop("prompt_lookup_max", None)
-        shortest = values.pop("prompt_lookup_min", None)
-        lookup_max = longest or shortest or 5
-        made: Proposer = NgramProposer(count, lookup_min=shortest or lookup_max, lookup_max=lookup_max)
-    elif method == "draft_model":
-        draft = load_model(find_model(values.pop("model", None)), dtype="auto", device=device)
-        made = DraftModelProposer(draft, count, vocab_size=model.config.vocab_size)
-    else:
-        raise UnsupportedError(f"speculative method {method!r}: 'ngram' and 'draft_model' are there")
-    if values:
-        raise UnsupportedError(f"speculative_config has no key {next(iter(values))!r}")
-    return made
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return a list of prompts; a list of integers is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _content(prompt: Prompt) -> str | Sequence[int]:
-    """Return the text or the ids of a prompt in any of vLLM's forms."""
-    if not isinstance(prompt, Mapping):
-        return prompt
-    unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-    if unknown:
-        raise UnsupportedError(f"a prompt has no key {sorted(unknown)[0]!r}")
-    content = prompt.get("prompt_token_ids", prompt.get("prompt"))
-    if content is None:
-        raise ParameterError("a prompt needs 'prompt' or 'prompt_token_ids'")
-    return content  # type: ignore[no-any-return]
+def _bar(use_tqdm: UseTqdm, **options: Any) -> Any:
+    if callable(use_tqdm):
+        return use_tqdm(**options)
+    return tqdm(disable=not use_tqdm, **options)

@@ -1,15 +1,21 @@
 """What a request gives back, in vLLM's shapes: text, ids, log-probabilities, and why it ended.
 
 Here ids become text: each sequence has its own decoder, and its stop strings are looked for in what it adds.
+Attributes of vLLM's that nothing in Puna fills are there and None.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import time
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, overload
 
-from puna.engine.request import Logprobs, RequestTimes, Sequence
+from torch import Tensor
+
+from puna.engine.request import Logprobs, Sequence
+from puna.engine.sampling import RequestOutputKind, SamplingParams
 from puna.text.stop_strings import StopStrings
 from puna.text.tokenizer import Tokenizer
 
@@ -26,17 +32,77 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]
 
 
+class FlatLogprobs(SequenceOf[PositionLogprobs]):
+    """Log-probabilities of many positions in six long lists, read like a list of dicts."""
+
+    def __init__(self, positions: Iterable[PositionLogprobs | None] = ()) -> None:
+        self.start_indices: list[int] = []
+        self.end_indices: list[int] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.ranks: list[int | None] = []
+        self.decoded_tokens: list[str | None] = []
+        self.extend(positions)
+
+    def append(self, position: PositionLogprobs | None) -> None:
+        """Add one position; None, as at the prompt's first token, reads as an empty dict."""
+        self.start_indices.append(len(self.token_ids))
+        for token_id, found in (position or {}).items():
+            self.token_ids.append(token_id)
+            self.logprobs.append(found.logprob)
+            self.ranks.append(found.rank)
+            self.decoded_tokens.append(found.decoded_token)
+        self.end_indices.append(len(self.token_ids))
+
+    def extend(self, positions: Iterable[PositionLogprobs | None]) -> None:
+        """Add several positions."""
+        for position in positions:
+            self.append(position)
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    @overload
+    def __getitem__(self, index: int) -> PositionLogprobs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> FlatLogprobs: ...
+
+    def __getitem__(self, index: int | slice) -> PositionLogprobs | FlatLogprobs:
+        if isinstance(index, slice):
+            return FlatLogprobs(self[place] for place in range(*index.indices(len(self))))
+        return {
+            self.token_ids[i]: Logprob(self.logprobs[i], self.ranks[i], self.decoded_tokens[i])
+            for i in range(self.start_indices[index], self.end_indices[index])
+        }
+
+    def __iter__(self) -> Iterator[PositionLogprobs]:
+        return (self[place] for place in range(len(self)))
+
+
+SampleLogprobs = list[PositionLogprobs] | FlatLogprobs
+PromptLogprobs = list[PositionLogprobs | None] | FlatLogprobs
+
+
 @dataclass
 class CompletionOutput:
-    """One answer. `stop_reason` is the stop string or id that ended it, None for an end of turn."""
+    """One answer. `stop_reason` is the stop string or id that ended it, None for an end of turn.
+
+    `finish_reason` is "stop", "length", "abort", "error", "repetition", or None while it runs.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[PositionLogprobs] | None = None
+    logprobs: SampleLogprobs | None = None
+    routed_experts: None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    lora_request: Any = None
+    sampling_mask: None = None
+    spec_decode_metrics: None = None
+    weight_versions: None = None
 
     def finished(self) -> bool:
         """Say whether the answer has ended."""
@@ -44,34 +110,36 @@ class CompletionOutput:
 
 
 @dataclass
-class RequestStats:
-    """Seconds on a monotonic clock, and counts, of one request."""
+class RequestStateStats:
+    """Counts and times of one request; 0.0 for what has not happened yet.
 
-    arrival_time: float
-    scheduled_time: float | None
-    first_token_time: float | None
-    finished_time: float | None
-    num_generation_tokens: int
-    num_preemptions: int
+    `arrival_time` is seconds since 1970, the others are of a monotonic clock, of the first answer save
+    `last_token_ts`.
+    """
+
+    num_generation_tokens: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    first_token_latency: float = 0.0
+    num_preemptions: int = 0
 
     @property
-    def queue_seconds(self) -> float | None:
+    def queue_seconds(self) -> float:
         """Return how long the request waited before its first step."""
-        return None if self.scheduled_time is None else self.scheduled_time - self.arrival_time
+        return max(self.scheduled_ts - self.queued_ts, 0.0)
 
     @property
-    def prefill_seconds(self) -> float | None:
+    def prefill_seconds(self) -> float:
         """Return how long it took from the first step to the first token."""
-        if self.scheduled_time is None or self.first_token_time is None:
-            return None
-        return self.first_token_time - self.scheduled_time
+        return max(self.first_token_ts - self.scheduled_ts, 0.0)
 
     @property
-    def decode_seconds(self) -> float | None:
-        """Return how long it took from the first token to the end."""
-        if self.finished_time is None or self.first_token_time is None:
-            return None
-        return self.finished_time - self.first_token_time
+    def decode_seconds(self) -> float:
+        """Return how long it took from the first token to the last."""
+        return max(self.last_token_ts - self.first_token_ts, 0.0)
 
 
 @dataclass
@@ -81,24 +149,52 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    prompt_logprobs: list[PositionLogprobs | None] | None
+    prompt_logprobs: PromptLogprobs | None
     outputs: list[CompletionOutput]
     finished: bool
-    metrics: RequestStats | None = None
+    metrics: RequestStateStats | None = None
+    lora_request: Any = None
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
-    lora_request: None = None
+    num_cache_creation_tokens: int | None = None
+    kv_transfer_params: None = None
+    ec_transfer_params: None = None
+
+    def add(self, next_output: RequestOutput, aggregate: bool) -> None:
+        """Take in a later output of the request: by joining deltas if `aggregate`, else by replacing."""
+        self.finished |= next_output.finished
+        self.metrics = next_output.metrics
+        for later in next_output.outputs:
+            earlier = next((o for o in self.outputs if o.index == later.index), None)
+            if earlier is None:
+                self.outputs.append(later)
+            elif aggregate:
+                _join(earlier, later)
+            else:
+                self.outputs[self.outputs.index(earlier)] = later
+
+
+def _join(earlier: CompletionOutput, later: CompletionOutput) -> None:
+    earlier.text += later.text
+    earlier.token_ids = [*earlier.token_ids, *later.token_ids]
+    if later.logprobs is not None and earlier.logprobs is not None:
+        earlier.logprobs.extend(later.logprobs)
+    earlier.cumulative_logprob = later.cumulative_logprob
+    earlier.finish_reason, earlier.stop_reason = later.finish_reason, later.stop_reason
 
 
 @dataclass
 class BeamSearchSequence:
-    """One beam: ids with the prompt, its log-probability, and its text without the prompt."""
+    """One beam: ids and text with the prompt, log-probability and logprobs of what was generated."""
 
     tokens: list[int]
-    cum_logprob: float
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    lora_request: Any = None
+    cum_logprob: float = 0.0
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
 
 
 @dataclass
@@ -106,6 +202,13 @@ class BeamSearchOutput:
     """The best beams of one prompt, best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+@dataclass
+class PoolingOutput:
+    """Hidden states of a text: (hidden,), or (tokens, hidden) of the task "token_embed"."""
+
+    data: Tensor
 
 
 @dataclass
@@ -121,29 +224,35 @@ class EmbeddingOutput:
 
 
 @dataclass
-class EmbeddingRequestOutput:
-    """The vector of one prompt."""
-
-    request_id: str
-    outputs: EmbeddingOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-
-
-@dataclass
 class ScoringOutput:
     """How alike two texts are, from -1 to 1."""
 
     score: float
 
 
+Pooled = TypeVar("Pooled")
+
+
 @dataclass
-class ScoringRequestOutput:
-    """The score of one pair."""
+class PoolingRequestOutput(Generic[Pooled]):
+    """What was pooled from one prompt, or from the two of a pair."""
 
     request_id: str
-    outputs: ScoringOutput
+    outputs: Pooled
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0  # pooling computes the whole prompt
     finished: bool = True
+    error: str | None = None
+
+
+@dataclass
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """The vector of one prompt."""
+
+
+@dataclass
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """The score of one pair."""
 
 
 class TextSequence:
@@ -153,11 +262,28 @@ class TextSequence:
         params = sequence.params
         self.sequence = sequence
         self.text = ""
+        self.num_sent_tokens = 0  # in outputs so far
+        self.num_sent_chars = 0
+        self.end_sent = False
         self._tokenizer = tokenizer
         self._seen = 0
         skip = params.skip_special_tokens
         self._decoder = tokenizer.stream(skip_special_tokens=skip, continues=continues)
         self._stop = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
+
+    @property
+    def is_due(self) -> bool:
+        """Say whether there is news enough for an output: a first token, an interval's worth, the end."""
+        if self.sequence.finish_reason is not None:
+            return not self.end_sent
+        new = self.sequence.num_output - self.num_sent_tokens
+        interval = self.sequence.params.stream_interval or 1
+        return new >= (interval if self.num_sent_tokens else 1)
+
+    def mark_sent(self) -> None:
+        """Note that an output holds all that there is."""
+        self.num_sent_tokens, self.num_sent_chars = self.sequence.num_output, len(self.text)
+        self.end_sent = self.sequence.finish_reason is not None
 
     def update(self) -> str | None:
         """Take in the new ids; return the stop string that was found, after which the text ends."""
@@ -171,16 +297,14 @@ class TextSequence:
             if is_end and not params.include_stop_str_in_output:
                 break
             piece = self._decoder.push(output[place])
-            if place + 1 <= params.min_tokens:  # stop strings do not count yet
-                self.text += piece
-            else:
-                self.text += self._stop.push(piece)
+            self.text += self._stop.push(piece, counts=place + 1 > params.min_tokens)
             if self._stop.found is not None:
                 del sequence.token_ids[len(sequence.prompt_ids) + place + 1 :]
                 return self._stop.found
         self._seen = len(output)
         if sequence.finish_reason is not None:
-            self.text += self._stop.push(self._decoder.flush()) + self._stop.flush()
+            rest = self._decoder.flush()
+            self.text += self._stop.push(rest, counts=len(output) > params.min_tokens) + self._stop.flush()
             return self._stop.found
         return None
 
@@ -192,13 +316,20 @@ class RequestOutputs:
     """
 
     def __init__(
-        self, request_id: str, prompt: str | None, tokenizer: Tokenizer, n: int, *, continues: bool
+        self,
+        request_id: str,
+        prompt: str | None,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        continues: bool,
     ) -> None:
         self.request_id = request_id
         self._continues = continues
         self.prompt = prompt
-        self.n = n
+        self.params = params
         self._tokenizer = tokenizer
+        self._arrival_time = time.time()
         self.sequences: dict[int, TextSequence] = {}
 
     def text_of(self, sequence: Sequence) -> TextSequence:
@@ -212,55 +343,82 @@ class RequestOutputs:
     def finished(self) -> bool:
         """Say whether all answers have ended."""
         ended = [t.sequence.finish_reason is not None for t in self.sequences.values()]
-        return len(ended) == self.n and all(ended)
+        return len(ended) == self.params.n and all(ended)
 
-    def snapshot(self) -> RequestOutput:
-        """Return the request as it stands now."""
+    @property
+    def is_due(self) -> bool:
+        """Say whether a stream should get an output now, by `output_kind` and `stream_interval`."""
+        if self.finished or self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+            return self.finished
+        return any(text.is_due for text in self.sequences.values())
+
+    def snapshot(self, kind: RequestOutputKind | None = None) -> RequestOutput:
+        """Return the request as it stands now; of kind DELTA what is new since the last snapshot.
+
+        Without `kind` the request's own `output_kind` is taken.
+        """
+        is_delta = (kind or self.params.output_kind) is RequestOutputKind.DELTA
         texts = [self.sequences[index] for index in sorted(self.sequences)]
         first = texts[0].sequence
-        prompt_logprobs: list[PositionLogprobs | None] | None = None
-        if first.params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *(self._named(found) for found in first.prompt_logprobs)]
+        chosen = [text for text in texts if text.is_due] if is_delta else texts
+        outputs = [self._completion(text, is_delta=is_delta) for text in chosen]
+        for text in chosen:
+            text.mark_sent()
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=first.prompt_ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=[self._completion(text) for text in texts],
+            prompt_logprobs=self._prompt_logprobs(first),
+            outputs=outputs,
             finished=self.finished,
-            metrics=_stats([text.sequence for text in texts]),
+            metrics=self._stats([text.sequence for text in texts]),
             num_cached_tokens=first.num_cached,
         )
 
-    def _completion(self, text: TextSequence) -> CompletionOutput:
+    def _prompt_logprobs(self, first: Sequence) -> PromptLogprobs | None:
+        if first.params.prompt_logprobs is None:
+            return None
+        named = [None, *(self._named(found) for found in first.prompt_logprobs)]
+        return FlatLogprobs(named) if self.params.flat_logprobs else named
+
+    def _completion(self, text: TextSequence, *, is_delta: bool) -> CompletionOutput:
         sequence = text.sequence
-        wants_logprobs = sequence.params.logprobs is not None
+        wants_logprobs = sequence.params.wants_logprobs
         kept = sequence.logprobs[: sequence.num_output]
+        tokens, chars = (text.num_sent_tokens, text.num_sent_chars) if is_delta else (0, 0)
+        named: SampleLogprobs = [self._named(found) for found in kept[tokens:]]
+        if self.params.flat_logprobs:
+            named = FlatLogprobs(named)
         return CompletionOutput(
             index=sequence.index,
-            text=text.text,
-            token_ids=list(sequence.output_ids),
+            text=text.text[chars:],
+            token_ids=sequence.output_ids[tokens:],
             cumulative_logprob=sum(found.values[0] for found in kept) if wants_logprobs else None,
-            logprobs=[self._named(found) for found in kept] if wants_logprobs else None,
+            logprobs=named if wants_logprobs else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
 
     def _named(self, found: Logprobs) -> PositionLogprobs:
-        return {
-            token_id: Logprob(value, rank, self._tokenizer.decode([token_id]))
-            for token_id, value, rank in zip(found.token_ids, found.values, found.ranks, strict=True)
-        }
+        return name_logprobs(found, self._tokenizer if self.params.detokenize else None)
+
+    def _stats(self, sequences: SequenceOf[Sequence]) -> RequestStateStats:
+        times = sequences[0].times
+        return RequestStateStats(
+            num_generation_tokens=sum(sequence.num_output for sequence in sequences),
+            arrival_time=self._arrival_time,
+            queued_ts=times.arrived,
+            scheduled_ts=times.scheduled or 0.0,
+            first_token_ts=times.first_token or 0.0,
+            last_token_ts=max(sequence.times.last_token or 0.0 for sequence in sequences),
+            first_token_latency=(times.first_token - times.arrived) if times.first_token else 0.0,
+            num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
+        )
 
 
-def _stats(sequences: SequenceOf[Sequence]) -> RequestStats:
-    times: RequestTimes = dataclasses.replace(sequences[0].times)
-    ends = [sequence.times.finished for sequence in sequences]
-    return RequestStats(
-        arrival_time=times.arrived,
-        scheduled_time=times.scheduled,
-        first_token_time=times.first_token,
-        finished_time=None if None in ends else max(end for end in ends if end is not None),
-        num_generation_tokens=sum(sequence.num_output for sequence in sequences),
-        num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
-    )
+def name_logprobs(found: Logprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
+    """Return the log-probabilities of one position by id, with each token's text if there is a tokenizer."""
+    return {
+        token_id: Logprob(value, rank, None if tokenizer is None else tokenizer.decode([token_id]))
+        for token_id, value, rank in zip(found.token_ids, found.values, found.ranks, strict=True)
+    }

@@ -6,6 +6,7 @@ It adds what the engine does not know: words as ids, stop strings, grammars over
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from puna.model.llama import Llama
 from puna.outputs import RequestOutputs
 from puna.text.grammar import GrammarCompiler, TokenGrammar
 from puna.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +61,28 @@ class TextEngine:
         self._requests: dict[str, RequestOutputs] = {}
         self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
+        self._warned_of_bos = False
 
     @property
     def has_unfinished(self) -> bool:
         """Say whether `step` has anything to do."""
         return self.engine.has_unfinished
 
-    def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> PreparedRequest:
+    def prepare(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, text: str | None = None
+    ) -> PreparedRequest:
         """Do what takes long before a request can be added: encode its texts, compile its grammar.
 
         Any thread may call it, also during a step. Raises ParameterError as `add` does.
         """
         params = dataclasses.replace(params)  # checked anew: fields may have been changed
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.bad_words:
             params.bad_words_token_ids = [ids for word in params.bad_words for ids in self._word_ids(word)]
         self.engine.check(ids, params)
         wanted = params.structured_outputs
-        grammar = None if wanted is None else self._compile_grammar(wanted)
-        text = prompt if isinstance(prompt, str) else None
+        grammar = None if wanted is None else self.compile_grammar(wanted)
+        text = prompt if isinstance(prompt, str) else text
         return PreparedRequest(text=text, token_ids=ids, params=params, grammar=grammar)
 
     def add(
@@ -88,13 +94,15 @@ class TextEngine:
         priority: int = 0,
         salt: bytes = b"",
         continues: bool | None = None,
+        text: str | None = None,
     ) -> RequestOutputs:
         """Queue a request; text gets the tokenizer's BOS. Raises ParameterError if it can never run.
 
+        `text` is what the outputs show as the prompt where ids are given.
         `continues` says whether the answer goes on in the middle of a text; by default it does where the
         prompt holds more than special tokens.
         """
-        prepared = self.prepare(prompt, params)
+        prepared = self.prepare(prompt, params, text=text)
         return self.add_prepared(request_id, prepared, priority=priority, salt=salt, continues=continues)
 
     def add_prepared(
@@ -111,9 +119,23 @@ class TextEngine:
         self.engine.add(request_id, ids, params, priority=priority, salt=salt, grammar=request.grammar)
         if continues is None:
             continues = not self._special_ids.issuperset(ids)
-        outputs = RequestOutputs(request_id, request.text, self.tokenizer, params.n, continues=continues)
+        outputs = RequestOutputs(request_id, request.text, self.tokenizer, params, continues=continues)
         self._requests[request_id] = outputs
         return outputs
+
+    def encode(self, text: str, *, parse_special: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a prompt; warn once if its text already begins with the BOS that is added."""
+        bos = self.tokenizer.bos_token_id
+        if add_special_tokens and self.tokenizer.add_bos and bos is not None and not self._warned_of_bos:
+            name = self.tokenizer.id_to_token(bos)
+            if text.startswith(name):
+                self._warned_of_bos = True
+                logger.warning(
+                    "a prompt begins with %s, and the tokenizer puts another before it: "
+                    "give a rendered chat as ids, or without it",
+                    name,
+                )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def abort(self, request_id: str) -> None:
         """End a request and give its blocks back at once."""
@@ -121,7 +143,7 @@ class TextEngine:
         self._requests.pop(request_id, None)
 
     def step(self) -> list[RequestOutputs]:
-        """Compute one batch and return the requests that got on."""
+        """Compute one batch and return the requests that got on and want an output now."""
         touched: dict[str, RequestOutputs] = {}
         for output in self.engine.step():
             sequence = output.sequence
@@ -136,7 +158,7 @@ class TextEngine:
         for request in touched.values():
             if request.finished:
                 del self._requests[request.request_id]
-        return list(touched.values())
+        return [request for request in touched.values() if request.is_due]
 
     def _word_ids(self, word: str) -> list[list[int]]:
         """Return the ids of a word alone and behind a space, where the space does not change its length."""
@@ -146,7 +168,8 @@ class TextEngine:
             return [plain, spaced]
         return [plain] if plain else []
 
-    def _compile_grammar(self, wanted: StructuredOutputsParams) -> TokenGrammar:
+    def compile_grammar(self, wanted: StructuredOutputsParams) -> TokenGrammar:
+        """Return a grammar at its beginning; raise ParameterError that says what is wrong with it."""
         with self._compiler_lock:
             if self._compiler is None:
                 vocab_size = self.engine.model.config.vocab_size
@@ -159,5 +182,6 @@ class TextEngine:
             "any_whitespace": not wanted.disable_any_whitespace,
             "additional_properties": not wanted.disable_additional_properties,
             "whitespace_pattern": wanted.whitespace_pattern,
+            "structural_tag": wanted.structural_tag,
         }
         return self._compiler.compile(**arguments)

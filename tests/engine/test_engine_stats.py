@@ -19,7 +19,8 @@ def greedy(tokens: int) -> SamplingParams:
 
 
 def test_times_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
     for module in (llm_engine, scheduler):
         monkeypatch.setattr(module, "time", clock)
     config = EngineConfig(num_blocks=64, max_num_batched_tokens=4, max_num_seqs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from puna.engine.request import Sequence
 from puna.engine.sampler import logprobs_of, sample
-from puna.engine.sampling import BeamSearchParams, SamplingParams, StructuredOutputsParams
-from puna.errors import ParameterError
+from puna.engine.sampling import (
+    BeamSearchParams,
+    RepetitionDetectionParams,
+    SamplingParams,
+    SamplingType,
+    StructuredOutputsParams,
+)
+from puna.errors import ParameterError, UnsupportedError
 
 CHANCES = [0.5, 0.1, 0.2, 0.15, 0.05]
 LOGITS = torch.tensor(CHANCES).log()
@@ -209,6 +216,9 @@ def test_defaults_are_vllms() -> None:
         {"logit_bias": {1: math.inf}},
         {"bad_words": "word"},
         {"logprobs": -2},
+        {"stream_interval": 0},
+        {"logprob_token_ids": list(range(129))},
+        {"logprob_token_ids": [1.5]},
     ],
     ids=str,
 )
@@ -234,3 +244,104 @@ def test_combinations_that_make_no_sense_are_refused() -> None:
         StructuredOutputsParams()
     with pytest.raises(ParameterError, match="choice must not be empty"):
         StructuredOutputsParams(choice=[])
+    with pytest.raises(ParameterError, match="structural_tag must not be empty"):
+        StructuredOutputsParams(structural_tag="")
+    with pytest.raises(ParameterError, match="logprobs must be 2"):
+        SamplingParams(logprobs=3, logprob_token_ids=[1, 2])
+    with pytest.raises(ParameterError, match="min_count must be at least 2"):
+        RepetitionDetectionParams(max_pattern_size=3, min_count=1)
+    with pytest.raises(ParameterError, match="min_pattern_size must be at most 3"):
+        RepetitionDetectionParams(max_pattern_size=3, min_pattern_size=4, min_count=2)
+
+
+def test_fields_come_in_vllms_order() -> None:
+    expected = (
+        "n presence_penalty frequency_penalty repetition_penalty temperature watermarking top_p top_k min_p "
+        "seed stop stop_token_ids ignore_eos max_tokens min_tokens logprobs prompt_logprobs "
+        "prompt_logprob_token_ids prompt_logprob_start logprob_token_ids flat_logprobs detokenize "
+        "skip_special_tokens "
+        "spaces_between_special_tokens include_stop_str_in_output output_kind stream_interval skip_clone "
+        "structured_outputs logit_bias allowed_token_ids extra_args bad_words skip_reading_prefix_cache "
+        "thinking_token_budget repetition_detection routed_experts_prompt_start trace_decode_token_ids"
+    )
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    assert names[: names.index("typical_p")] == expected.split()
+    beams = "beam_width max_tokens ignore_eos temperature length_penalty include_stop_str_in_output"
+    beams += " structured_outputs skip_special_tokens watermarking allowed_token_ids"
+    assert [f.name for f in dataclasses.fields(BeamSearchParams)] == beams.split()
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"watermarking": True},
+        {"prompt_logprob_token_ids": [1]},
+        {"prompt_logprob_start": 2},
+        {"extra_args": {"a": 1}},
+        {"thinking_token_budget": 0},
+        {"routed_experts_prompt_start": 1},
+        {"trace_decode_token_ids": []},
+    ],
+    ids=str,
+)
+def test_what_puna_lacks_is_refused_by_name(lacking: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=next(iter(lacking))):
+        SamplingParams(**lacking)
+
+
+def test_what_asks_for_nothing_is_taken() -> None:
+    SamplingParams(watermarking=False, extra_args={}, thinking_token_budget=-1)
+    with pytest.raises(UnsupportedError, match="watermarking"):
+        BeamSearchParams(beam_width=2, max_tokens=3, watermarking=True)
+    with pytest.raises(ParameterError, match="allowed_token_ids"):
+        BeamSearchParams(beam_width=2, max_tokens=3, allowed_token_ids=[])
+
+
+def test_from_optional_reads_none_as_the_default_and_cuts_biases() -> None:
+    made = SamplingParams.from_optional(top_p=None, seed=3, logit_bias={"7": 250, 8: -1.5})
+    assert made == SamplingParams(seed=3, logit_bias={7: 100.0, 8: -1.5})
+    with pytest.raises(ParameterError, match="logit_bias"):
+        SamplingParams.from_optional(logit_bias={"x": 1})
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams.from_optional(best_of=2)
+
+
+def test_the_type_of_sampling_and_clones() -> None:
+    assert SamplingParams(temperature=0).sampling_type is SamplingType.GREEDY
+    assert SamplingParams().sampling_type is SamplingType.RANDOM
+    assert SamplingParams(seed=0).sampling_type is SamplingType.RANDOM_SEED
+    own = SamplingParams(skip_clone=True)
+    assert own.clone() is own and SamplingParams(stop_token_ids=[2, 2]).all_stop_token_ids == {2}
+
+
+@pytest.mark.parametrize(
+    ("ids", "repeats"),
+    [
+        ([7, 1, 2, 1, 2, 1, 2], True),
+        ([1, 2, 1, 2, 1, 2, 7], False),
+        ([1, 2, 1, 2], False),
+        ([5, 5, 5], False),  # patterns of one token are below the least size
+        ([1, 2, 3, 1, 2, 3, 1, 2, 3], True),
+        ([1, 2, 3, 4] * 3, False),  # and of four above the greatest
+    ],
+)
+def test_repetition_is_one_pattern_at_the_end_often_enough(ids: list[int], repeats: bool) -> None:
+    params = RepetitionDetectionParams(max_pattern_size=3, min_pattern_size=2, min_count=3)
+    assert params.repeats(ids) is repeats
+    assert not RepetitionDetectionParams().repeats(ids)
+
+
+def test_a_repetition_ends_the_sequence() -> None:
+    detection = RepetitionDetectionParams(max_pattern_size=2, min_count=2)
+    sequence = sequence_for(SamplingParams(repetition_detection=detection), prompt=[4, 4])
+    for token_id in (4, 3, 4):
+        sequence.append(token_id)
+        assert sequence.finish_reason is None
+    sequence.append(3)
+    assert sequence.finish_reason == "repetition"
+
+
+def test_logprobs_of_given_ids() -> None:
+    found = logprobs_of(LOGITS, 1, 0, [4, 1, 0])
+    assert found.token_ids == [1, 4, 0] and found.ranks == [4, 5, 1]
+    assert found.values == pytest.approx([math.log(p) for p in (0.1, 0.05, 0.5)], abs=1e-6)

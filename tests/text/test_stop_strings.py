@@ -51,3 +51,22 @@ def test_text_is_cut_at_the_first_match_however_it_is_split(pieces: list[str], s
 def test_one_string_is_cut_at_its_first_place(whole: str, stop: str) -> None:
     text, _ = run([stop], list(whole))
     assert text == whole.split(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ("strings", "early", "late", "expected"),
+    [
+        (["END"], ["EN", "D a "], ["END"], ("END a ", "END")),  # one that ended before does not count
+        (["END"], ["a EN"], ["D b"], ("a ", "END")),  # one that began before does
+        (["aa"], ["aaa"], ["a"], ("aa", "aa")),
+        (["abcd", "bc"], ["abc"], ["x"], ("abcx", None)),
+        (["abcd", "bc"], ["abc"], ["d"], ("", "abcd")),
+    ],
+)
+def test_what_ends_in_a_piece_that_does_not_count_is_no_stop_string(
+    strings: list[str], early: list[str], late: list[str], expected: tuple[str, str | None]
+) -> None:
+    stop = StopStrings(strings)
+    text = "".join(stop.push(piece, counts=False) for piece in early)
+    text += "".join(stop.push(piece) for piece in late) + stop.flush()
+    assert (text, stop.found) == expected

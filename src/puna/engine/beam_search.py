@@ -1,12 +1,13 @@
 """Beam search on the engine's blocks: beams fork, share what they have in common, copy where they write.
 
-Score of a beam: log-probability / length ** length_penalty, length counting the generated tokens. Each step
-looks at twice as many continuations as there are beams, so that enough are left when some end (vLLM's
-rule).
+Score of a beam: log-probability / length ** length_penalty, length counting prompt and generated tokens but
+not the one that ended it, as in vLLM. Each step looks at twice as many continuations as there are beams, so
+that enough are left when some end (also vLLM's rule).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -14,101 +15,155 @@ import torch
 from torch import Tensor
 
 from puna.engine.llm_engine import LLMEngine
-from puna.engine.request import Sequence
-from puna.engine.sampling import BeamSearchParams, SamplingParams
+from puna.engine.request import Grammar, Logprobs, Sequence
+from puna.engine.sampler import masked
+from puna.engine.sampling import BeamSearchParams
 from puna.errors import ParameterError
 
 
 @dataclass
 class Beam:
-    """One continuation: all its ids, those after the prompt, and how likely it is."""
+    """One continuation: all its ids, how likely it is, and the best log-probabilities at each step.
+
+    `stop_id` is the id that ended it; `token_ids` has that only with `include_stop_str_in_output`.
+    """
 
     token_ids: list[int]
-    output_ids: list[int]
     logprob: float
+    logprobs: list[Logprobs]
     finish_reason: str
+    stop_id: int | None = None
+    score: float = 0.0
 
 
 @torch.inference_mode()
-def beam_search(engine: LLMEngine, prompt_ids: SequenceOf[int], params: BeamSearchParams) -> list[Beam]:
-    """Return the `beam_width` best beams, best first. The engine must have nothing else to do."""
+def beam_search(
+    engine: LLMEngine,
+    prompt_ids: SequenceOf[int],
+    params: BeamSearchParams,
+    *,
+    grammar: Grammar | None = None,
+    num_token_ids: int | None = None,
+) -> list[Beam]:
+    """Return the `beam_width` best beams, best first. The engine must have nothing else to do.
+
+    Only ids below `num_token_ids` are taken: a vocabulary may be padded.
+    """
     if engine.has_unfinished:
         raise ParameterError("beam search needs an engine without other requests")
-    engine.check(prompt_ids, SamplingParams(temperature=0.0))
-    end_ids = frozenset() if params.ignore_eos else engine.end_ids
+    step_params = params.step_params()
+    engine.check(prompt_ids, step_params)
     room = min(params.max_tokens, engine.max_model_len - len(prompt_ids))
-    size = engine.config.block_size
-    needed = -(-len(prompt_ids) // size) + params.beam_width * (-(-room // size) + 1)
-    if needed > engine.pool.num_free:
-        raise ParameterError(
-            f"{params.beam_width} beams of {room} tokens may need {needed} blocks of the cache, "
-            f"which has {engine.pool.num_free}"
-        )
-    first = Sequence("beam", prompt_ids, SamplingParams(temperature=0.0), max_tokens=room)
+    _check_room(engine, len(prompt_ids), room, params.beam_width)
+    first = Sequence("beam", prompt_ids, step_params, max_tokens=room, grammar=grammar)
     engine.scheduler.add(first)
+    search = _Search(engine, params, num_token_ids or engine.model.config.vocab_size)
     running: dict[Sequence, float] = {first: 0.0}
-    ended: list[Beam] = []
     try:
         for _ in range(room):
-            running = _grow(engine, running, params, end_ids, ended)
+            running = search.grow(running)
             if not running:
                 break
     finally:
         for sequence in running:
             engine.scheduler.finish(sequence)
-    ended += [Beam(s.token_ids, s.output_ids, value, "length") for s, value in running.items()]
-    ended.sort(key=lambda beam: _score(beam, params.length_penalty), reverse=True)
-    return ended[: params.beam_width]
+    for sequence, value in running.items():
+        search.end(sequence.token_ids, value, sequence.logprobs, "length")
+    return sorted(search.ended, key=lambda beam: beam.score, reverse=True)[: params.beam_width]
 
 
-def _score(beam: Beam, length_penalty: float) -> float:
-    return beam.logprob / float(max(len(beam.output_ids), 1) ** length_penalty)
+def _check_room(engine: LLMEngine, num_prompt: int, room: int, beam_width: int) -> None:
+    size = engine.config.block_size
+    needed = -(-num_prompt // size) + beam_width * (-(-room // size) + 1)
+    if needed > engine.pool.num_free:
+        raise ParameterError(
+            f"{beam_width} beams of {room} tokens may need {needed} blocks of the cache, "
+            f"which has {engine.pool.num_free}"
+        )
 
 
-def _grow(
-    engine: LLMEngine,
-    running: dict[Sequence, float],
-    params: BeamSearchParams,
-    end_ids: frozenset[int],
-    ended: list[Beam],
-) -> dict[Sequence, float]:
-    """Take one step with every beam and keep the best of all continuations."""
-    logits = _logits(engine, list(running))
-    candidates: list[tuple[float, Sequence, int]] = []
-    for sequence, row in logits.items():
-        scaled = row.float() / params.temperature if params.temperature > 0 else row.float()
-        best = scaled.log_softmax(dim=-1).topk(min(2 * params.beam_width, len(row)))
-        for value, token_id in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            candidates.append((running[sequence] + value, sequence, token_id))
-    candidates.sort(key=lambda candidate: candidate[0], reverse=True)
-    chosen: list[tuple[float, Sequence, int]] = []
-    for value, sequence, token_id in candidates[: 2 * params.beam_width]:
-        if token_id in end_ids:
-            ids = [*sequence.token_ids, token_id]
-            ended.append(Beam(ids, ids[len(sequence.prompt_ids) :], value, "stop"))
-        elif len(chosen) < params.beam_width:
-            chosen.append((value, sequence, token_id))
-    return _continue(engine, running, chosen)
+class _Search:
+    """Grow beams on an engine and collect those that have ended."""
 
+    def __init__(self, engine: LLMEngine, params: BeamSearchParams, num_token_ids: int) -> None:
+        self.engine = engine
+        self.params = params
+        self.ended: list[Beam] = []
+        self._num_token_ids = num_token_ids
 
-def _continue(
-    engine: LLMEngine, running: dict[Sequence, float], chosen: list[tuple[float, Sequence, int]]
-) -> dict[Sequence, float]:
-    """Append the chosen ids: forks first, while the parents' blocks are held; drop the beams that lost."""
-    grown: list[tuple[Sequence, int, float]] = []
-    used: set[Sequence] = set()
-    for value, parent, token_id in chosen:
-        beam = parent
-        if parent in used:
-            beam = parent.fork(len(grown))
-            engine.scheduler.add_running(beam)
-        used.add(parent)
-        grown.append((beam, token_id, value))
-    for loser in set(running) - used:
-        engine.scheduler.finish(loser)
-    for beam, token_id, _ in grown:
-        beam.token_ids.append(token_id)
-    return {beam: value for beam, _, value in grown}
+    def end(
+        self,
+        token_ids: list[int],
+        logprob: float,
+        logprobs: list[Logprobs],
+        reason: str,
+        stop_id: int | None = None,
+    ) -> None:
+        """Note a beam that has ended; `token_ids` is without the id that ended it."""
+        score = logprob / float(len(token_ids) ** self.params.length_penalty)
+        if stop_id is not None and self.params.include_stop_str_in_output:
+            token_ids = [*token_ids, stop_id]
+        self.ended.append(Beam(token_ids, logprob, logprobs, reason, stop_id, score))
+
+    def grow(self, running: dict[Sequence, float]) -> dict[Sequence, float]:
+        """Take one step with every beam and keep the best of all continuations."""
+        best = {s: self._best(s, row) for s, row in _logits(self.engine, list(running)).items()}
+        candidates = [
+            (running[sequence] + value, sequence, token_id)
+            for sequence, found in best.items()
+            for value, token_id in zip(found.values, found.token_ids, strict=True)
+        ]
+        candidates.sort(key=lambda candidate: candidate[0], reverse=True)
+        chosen: list[tuple[float, Sequence, int]] = []
+        for value, sequence, token_id in candidates[: 2 * self.params.beam_width]:
+            if token_id in self._end_ids(sequence):
+                logprobs = [*sequence.logprobs, best[sequence]]
+                self.end(list(sequence.token_ids), value, logprobs, "stop", token_id)
+            elif len(chosen) < self.params.beam_width:
+                chosen.append((value, sequence, token_id))
+        return self._continue(running, chosen, best)
+
+    def _best(self, sequence: Sequence, logits: Tensor) -> Logprobs:
+        """Return the likeliest continuations of a beam; fewer, or none, where the rules allow no more."""
+        logits = masked(logits[: self._num_token_ids].float(), sequence)
+        if not bool(logits.max() > -math.inf):
+            return Logprobs([], [], [])
+        if self.params.temperature > 0:
+            logits = logits / self.params.temperature
+        best = logits.log_softmax(dim=-1).topk(min(2 * self.params.beam_width, len(logits)))
+        values = [value for value in best.values.tolist() if value > -math.inf]
+        ids = best.indices.tolist()[: len(values)]
+        return Logprobs(ids, values, list(range(1, len(ids) + 1)))
+
+    def _end_ids(self, sequence: Sequence) -> frozenset[int]:
+        """Return what ends a beam: nothing with `ignore_eos`, unless its grammar is complete."""
+        complete = sequence.grammar is not None and sequence.grammar.is_complete
+        return self.engine.end_ids if complete or not self.params.ignore_eos else frozenset()
+
+    def _continue(
+        self,
+        running: dict[Sequence, float],
+        chosen: list[tuple[float, Sequence, int]],
+        best: dict[Sequence, Logprobs],
+    ) -> dict[Sequence, float]:
+        """Append the chosen ids: forks first, while the parents' blocks are held; drop what lost."""
+        grown: list[tuple[Sequence, int, float, Logprobs]] = []
+        used: set[Sequence] = set()
+        for value, parent, token_id in chosen:
+            beam = parent
+            if parent in used:
+                beam = parent.fork(len(grown))
+                self.engine.scheduler.add_running(beam)
+            used.add(parent)
+            grown.append((beam, token_id, value, best[parent]))
+        for loser in set(running) - used:
+            self.engine.scheduler.finish(loser)
+        for beam, token_id, _, found in grown:
+            beam.token_ids.append(token_id)
+            beam.logprobs.append(found)
+            if beam.grammar is not None:
+                beam.grammar.accept(token_id)
+        return {beam: value for beam, _, value, _ in grown}
 
 
 def _logits(engine: LLMEngine, beams: list[Sequence]) -> dict[Sequence, Tensor]:

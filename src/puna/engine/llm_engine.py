@@ -284,9 +284,9 @@ class LLMEngine:
             sequence.finish_reason = "error"
             sequence.stop_reason = "no token is allowed here"
             return None
-        wanted = sequence.params.logprobs
-        if wanted is not None:
-            found = logprobs_of(logits, token_id, wanted)
+        params = sequence.params
+        if params.wants_logprobs:
+            found = logprobs_of(logits, token_id, params.logprobs or 0, params.logprob_token_ids)
             sequence.logprobs.append(found)
             sequence.cumulative_logprob += found.values[0]
         if sequence.times.first_token is None:
@@ -344,11 +344,12 @@ class LLMEngine:
         """Raise ParameterError for what can never run, with the numbers."""
         if not prompt_ids:
             raise ParameterError("the prompt is empty: a model needs at least one token, such as BOS")
-        vocab = self.model.config.vocab_size
+        vocab = self._num_token_ids
         lists = {
             "token id": prompt_ids,
             "stop_token_ids": params.stop_token_ids or [],
             "allowed_token_ids": params.allowed_token_ids or [],
+            "logprob_token_ids": params.logprob_token_ids or [],
             "logit_bias": list(params.logit_bias or []),
             "bad_words_token_ids": [i for word in params.bad_words_token_ids for i in word],
         }

@@ -15,7 +15,7 @@ import torch
 from puna.engine.block_pool import BlockHash, hash_block
 from puna.engine.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 
 class Grammar(Protocol):
@@ -49,6 +49,7 @@ class RequestTimes:
     arrived: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
     first_token: float | None = None
+    last_token: float | None = None
     finished: float | None = None
 
 
@@ -156,6 +157,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take a new token, and end the sequence if it is a stop id or the last one allowed."""
         self.token_ids.append(token_id)
+        self.times.last_token = time.monotonic()
+        repetition = self.params.repetition_detection
         if self.grammar is not None:
             self.grammar.accept(token_id)
         if token_id in self.end_ids:
@@ -168,6 +171,8 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.num_output >= self.max_tokens:
             self.finish_reason = "length"
+        elif repetition is not None and repetition.repeats(self.output_ids):
+            self.finish_reason = "repetition"
 
     def hashes(self, block_size: int, count: int) -> list[BlockHash]:
         """Return the hashes of the first `count` blocks, which must be full."""

@@ -26,20 +26,29 @@ def sample(logits: Tensor, sequence: Sequence) -> int | None:
     None where lists, grammar and minimum length together allow no token.
     """
     params = sequence.params
-    logits = _masked(logits.float(), sequence)
+    logits = masked(logits.float(), sequence)
     if not bool(logits.max() > -math.inf):
         return None
-    logits = _penalized(logits, params, sequence.prompt_ids, sequence.output_ids)
+    logits = _penalized(logits, sequence)
     if params.greedy:
         return int(logits.argmax())
     return _draw(logits / params.temperature, params, sequence.generator)
 
 
-def logprobs_of(logits: Tensor, token_id: int, count: int) -> Logprobs:
-    """Return the chosen token's log-probability and the `count` best ones (-1: all), before any rule."""
+def logprobs_of(
+    logits: Tensor, token_id: int, count: int, wanted_ids: SequenceOf[int] | None = None
+) -> Logprobs:
+    """Return the chosen token's log-probability and the `count` best ones (-1: all), before any rule.
+
+    With `wanted_ids` those of these ids are returned instead of the best.
+    """
     values = logits.float().log_softmax(dim=-1)
     chosen = values[token_id]
     rank = int((values > chosen).sum()) + 1
+    if wanted_ids is not None:
+        listed = [token_id, *dict.fromkeys(i for i in wanted_ids if i != token_id)]
+        found = values[torch.tensor(listed, device=values.device)]
+        return Logprobs(listed, found.tolist(), [int((values > value).sum()) + 1 for value in found])
     count = len(values) if count < 0 else min(count, len(values))
     best = values.topk(count)
     ids, top = best.indices.tolist(), best.values.tolist()
@@ -52,8 +61,8 @@ def logprobs_of(logits: Tensor, token_id: int, count: int) -> Logprobs:
     )
 
 
-def _masked(logits: Tensor, sequence: Sequence) -> Tensor:
-    """Apply what forbids tokens or shifts them: lists, bad words, minimum length, grammar, bias."""
+def masked(logits: Tensor, sequence: Sequence) -> Tensor:
+    """Return a copy with what forbids tokens or shifts them: lists, words, minimum length, grammar, bias."""
     params = sequence.params
     forbidden = _forbidden_ids(sequence)
     logits = logits.clone()
@@ -91,19 +100,18 @@ def _forbidden_ids(sequence: Sequence) -> list[int]:
     return forbidden
 
 
-def _penalized(
-    logits: Tensor, params: SamplingParams, prompt_ids: SequenceOf[int], output_ids: SequenceOf[int]
-) -> Tensor:
+def _penalized(logits: Tensor, sequence: Sequence) -> Tensor:
     """Apply the three penalties; formulas of vLLM, the first from arXiv 1909.05858."""
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt_ids, *output_ids}), device=logits.device)
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits = logits.clone()
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.frequency_penalty or params.presence_penalty) and output_ids:
-        counts = torch.bincount(torch.tensor(output_ids), minlength=len(logits)).to(logits.device)
-        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    penalty, presence = sequence.params.repetition_penalty, sequence.params.presence_penalty
+    frequency = sequence.params.frequency_penalty
+    if penalty == 1.0 and not presence and not frequency:
+        return logits
+    counts = sequence.counts(len(logits), logits.device)
+    if penalty != 1.0:
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where((counts.prompt > 0) | (counts.output > 0), penalized, logits)
+    if presence or frequency:
+        logits = logits - frequency * counts.output - presence * (counts.output > 0)
     return logits
 
 

@@ -21,3 +21,15 @@ def linear(
     outs: Sequence[int],
     out_sizes: Sequence[int],
 ) -> None: ...
+def dense_linear(
+    x: int,
+    dtype: int,
+    tokens: int,
+    columns: int,
+    stride: int,
+    weight_dtype: int,
+    weights: Sequence[int],
+    weight_sizes: Sequence[int],
+    outs: Sequence[int],
+    out_sizes: Sequence[int],
+) -> None: ...

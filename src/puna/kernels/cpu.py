@@ -109,17 +109,8 @@ def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
 
     x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else.
     """
-    code = _DTYPE_CODES.get(x.dtype)
-    if code is None or x.device.type != "cpu":
-        raise ValueError(
-            f"the kernels take float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}"
-        )
-    columns = x.shape[-1]
-    flat = x.reshape(-1, columns)
-    if flat.stride(1) != 1 or (flat.shape[0] > 1 and flat.stride(0) < columns):
-        flat = flat.contiguous()
-    tokens = flat.shape[0]
-    stride = flat.stride(0) if tokens > 1 else columns
+    flat, code, stride = _rows_of(x)
+    tokens, columns = flat.shape
     outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     _cpu.linear(
         flat.data_ptr(),
@@ -132,3 +123,49 @@ def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
         [out.numel() for out in outs],
     )
     return outs
+
+
+def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return [x @ w.T for w in weights], in the dtype of x, summed in float32; no gradient flows.
+
+    x: (..., columns) on the CPU, float32, float16 or bfloat16; weights: contiguous (rows, columns), all
+    float16 or all bfloat16. Raises ValueError for anything else.
+    """
+    flat, code, stride = _rows_of(x)
+    tokens, columns = flat.shape
+    kinds = {weight.dtype for weight in weights}
+    if len(kinds) != 1 or not kinds <= {torch.float16, torch.bfloat16}:
+        raise ValueError(f"the weights must be all float16 or all bfloat16, got {sorted(map(str, kinds))}")
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != columns:
+            raise ValueError(f"the input has {columns} columns, a weight the shape {tuple(weight.shape)}")
+        if weight.device.type != "cpu" or not weight.is_contiguous():
+            raise ValueError("the weights must be contiguous, on the CPU")
+    outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    _cpu.dense_linear(
+        flat.data_ptr(),
+        code,
+        tokens,
+        columns,
+        stride,
+        _DTYPE_CODES[weights[0].dtype],
+        [weight.data_ptr() for weight in weights],
+        [weight.numel() for weight in weights],
+        [out.data_ptr() for out in outs],
+        [out.numel() for out in outs],
+    )
+    return outs
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
+    """Return x as a matrix whose rows have no gaps, the code of its dtype, and how far apart rows are."""
+    code = _DTYPE_CODES.get(x.dtype)
+    if code is None or x.device.type != "cpu":
+        raise ValueError(
+            f"the kernels take float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}"
+        )
+    flat = x.reshape(-1, x.shape[-1])
+    tokens, columns = flat.shape
+    if flat.stride(1) != 1 or (tokens > 1 and flat.stride(0) < columns):
+        flat = flat.contiguous()
+    return flat, code, flat.stride(0) if tokens > 1 else columns

@@ -11,10 +11,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from puna.kernels.dense_linear import linear
 from puna.model.attention import Attention
 from puna.model.config import LlamaConfig
+from puna.model.linear import Linear
 from puna.model.mlp import MLP, RMSNorm, rms_normalize
 from puna.model.moe import Experts, MixtureOfExperts
 from puna.model.rope import Rope, rotate
@@ -37,10 +38,10 @@ class SelfAttention(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, q_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, hidden, bias=bias)
+        self.q_proj = Linear(hidden, q_size, bias=bias)
+        self.k_proj = Linear(hidden, kv_size, bias=bias)
+        self.v_proj = Linear(hidden, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, hidden, bias=bias)
 
     def forward(
         self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], attention: Attention
@@ -120,7 +121,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head: nn.Module | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, attention: Attention, select: Tensor | None = None
@@ -146,7 +147,7 @@ class Llama(nn.Module):
             return cast(Tensor, self.lm_head(hidden))
         embedding = self.model.embed_tokens
         if isinstance(embedding, nn.Embedding):
-            return functional.linear(hidden, embedding.weight)
+            return linear(hidden, embedding.weight)
         return cast(Tensor, embedding.logits(hidden))  # a quantised table knows how to be a head
 
     def num_parameters(self) -> int:

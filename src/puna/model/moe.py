@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from puna.model.config import LlamaConfig
+from puna.model.linear import Linear
 from puna.model.mlp import MLP
 
 
@@ -45,7 +46,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.router = Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.experts = Experts(config)
         self.shared_expert = MLP(config.hidden_size, config.intermediate_size, bias=False)
 

@@ -1,4 +1,4 @@
-"""Grammars over token ids: JSON, JSON schema, regex, choice, Lark or GBNF, by llguidance.
+"""Grammars over token ids: JSON schema, regex, choice, Lark or GBNF, structural tags, by llguidance.
 
 A grammar is compiled for a tokenizer and then says, token after token, which ids may follow. It knows bytes
 and ids, no tensors: masks are bit fields. Size, depth and the work of compiling are bounded, so that a
@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Any
 from puna.errors import MissingExtraError, ParameterError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, StructTag
 
     from puna.text.tokenizer import Tokenizer
 
 MAX_GRAMMAR_CHARS = 500_000
 MAX_DEPTH = 64
 _MAX_LEXER_STATES = 50_000
+
+# Keywords of JSON Schema that hold a schema or a list of them, and those that hold schemas by name. All
+# others (`const`, `enum`, `default`, ...) hold values, whatever these look like.
+_SCHEMAS = frozenset(
+    ("additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not")
+    + ("oneOf", "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties")
+)
+_NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
 
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
 
@@ -94,6 +102,7 @@ class GrammarCompiler:
             ) from error
         self._end_ids = end_ids
         self._vocab_size = vocab_size
+        self._special_names = frozenset(tokenizer.special_tokens)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, end_ids)),
             n_vocab=vocab_size,
@@ -113,9 +122,10 @@ class GrammarCompiler:
         any_whitespace: bool = True,
         additional_properties: bool = True,
         whitespace_pattern: str | None = None,
+        structural_tag: str | None = None,
     ) -> TokenGrammar:
         """Compile the one kind given; raise ParameterError that says what is wrong with it."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, StructTag
 
         text = ""
         if json_schema is not None:
@@ -128,6 +138,10 @@ class GrammarCompiler:
             text = LLMatcher.grammar_from_lark(_checked_text("choice", f"start: {options_text}"))
         elif grammar is not None:
             text = _from_grammar(_checked_text("grammar", grammar))
+        elif structural_tag is not None:
+            tags = _tags(_checked_text("structural_tag", structural_tag), additional_properties)
+            has_special = any(tag.trigger in self._special_names for tag in tags)
+            text = StructTag.to_grammar(tags, assume_special=has_special)
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise ParameterError(f"bad grammar: {str(matcher.get_error())[:500]}")
@@ -184,6 +198,38 @@ def _from_grammar(text: str) -> str:
     return str(LLMatcher.grammar_from_lark(text))
 
 
+def _tags(text: str, additional_properties: bool) -> list[StructTag]:
+    """Read vLLM's form of a structural tag, {"structures": [{"begin", "schema", "end"}], "triggers": [...]}.
+
+    Any text is allowed, and behind each trigger only the structures that begin with it: JSON by a schema. A
+    trigger that is the name of a special token means that token.
+    """
+    from llguidance import StructTag
+
+    try:
+        value = json.loads(text)
+        triggers = [str(trigger) for trigger in value["triggers"]]
+        tags = []
+        for one in value["structures"]:
+            begin, schema, end = one["begin"], one["schema"], one["end"]
+            trigger = next((t for t in triggers if t and begin.startswith(t)), None)
+            if trigger is None:
+                raise ParameterError(f"structural_tag: no trigger of {triggers} begins {begin!r}")
+            grammar = _checked_schema(schema, additional_properties)
+            tags.append(StructTag(trigger=trigger, begin=begin, grammar=grammar, end=str(end)))
+    except ParameterError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(f"structural_tag is not JSON: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ParameterError(
+            f"structural_tag must hold triggers and structures with begin, schema and end: {error!r}"
+        ) from error
+    if not tags:
+        raise ParameterError("structural_tag has no structures")
+    return tags
+
+
 def _checked_text(name: str, text: str) -> str:
     if len(text) > MAX_GRAMMAR_CHARS:
         raise ParameterError(f"{name} has {len(text)} characters; {MAX_GRAMMAR_CHARS} are allowed")
@@ -226,8 +272,13 @@ def _closed(value: Any) -> Any:
         return [_closed(item) for item in value]
     if not isinstance(value, dict):
         return value
-    closed = {key: _closed(item) for key, item in value.items()}
-    if isinstance(closed.get("properties"), dict):
+    closed = dict(value)
+    for key in _SCHEMAS & value.keys():
+        closed[key] = _closed(value[key])
+    for key in _NAMED_SCHEMAS & value.keys():
+        if isinstance(value[key], dict):
+            closed[key] = {name: _closed(schema) for name, schema in value[key].items()}
+    if isinstance(closed.get("properties"), dict) or isinstance(closed.get("patternProperties"), dict):
         closed.setdefault("additionalProperties", False)
     return closed
 

@@ -1,0 +1,68 @@
+"""The linear layer: the compiled kernel for 16-bit weights where it is the faster one, else torch's.
+
+The kernel reads bfloat16 and float16 weights as they lie and sums in float32, so results may differ from
+torch's in the last bit. It computes no gradients, and torch.compile cannot look into it: there torch's own
+is used. So it is on processors that multiply bfloat16 themselves (AVX512-BF16, AMX) for more than a few
+tokens: a choice by what torch does there, not by a measurement.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from puna.kernels import compiled
+
+_MEMORY_BOUND_TOKENS = 4  # up to so many, memory sets the pace on every processor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias, as `torch.nn.functional.linear` does, in the dtype of x.
+
+    x: (..., in), weight: (out, in), bias: (out,).
+    """
+    kernels = compiled()
+    if kernels is None or not _can_take(x, weight, bias) or not _is_faster(kernels.chosen(), x):
+        return functional.linear(x, weight, bias)
+    out: Tensor = kernels.dense_linear(x, (weight,))[0]
+    return out if bias is None else out.add_(bias)
+
+
+def _can_take(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Say whether the kernel computes what torch would; of wrong calls, torch says what is wrong."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return False
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
+        return False  # a subclass has its own idea of a product
+    if x.device.type != "cpu" or weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or weight.numel() == 0:
+        return False
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return False
+    wants_gradient = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not (wants_gradient and torch.is_grad_enabled())
+
+
+def _is_faster(isa: str, x: Tensor) -> bool:
+    if isa == "portable":
+        return False
+    return x.numel() <= _MEMORY_BOUND_TOKENS * x.shape[-1] or not _is_native(x.dtype)
+
+
+@cache
+def _is_native(dtype: torch.dtype) -> bool:
+    """Say whether the processor multiplies `dtype` itself, as far as torch tells."""
+    names: tuple[str, ...] = ("_is_amx_fp16_supported",)
+    if dtype == torch.bfloat16:
+        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)
