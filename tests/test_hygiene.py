@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels"},
     "weights": {"model", "kernels", "gguf_header"},
     "engine": {"weights", "model", "kernels"},
+    "peft_model": {"weights", "model", "kernels"},
     "locate": {"cria", "gguf_header"},
     "outputs": {"engine", "text"},
     "prompts": {"text_engine"},
@@ -104,6 +105,8 @@ def test_public_names() -> None:
         "EmbeddingOutput",
         "EmbeddingRequestOutput",
         "LLM",
+        "LoraConfig",
+        "PeftModel",
         "PoolingOutput",
         "PoolingParams",
         "PoolingRequestOutput",
@@ -116,4 +119,5 @@ def test_public_names() -> None:
         "TextPrompt",
         "TokensPrompt",
         "__version__",
+        "get_peft_model",
     ]

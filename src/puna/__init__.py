@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from puna.engine.sampling import SamplingParams as SamplingParams
     from puna.engine.sampling import StructuredOutputsParams as StructuredOutputsParams
     from puna.llm import LLM as LLM
+    from puna.model.lora_config import LoraConfig as LoraConfig
     from puna.outputs import CompletionOutput as CompletionOutput
     from puna.outputs import EmbeddingOutput as EmbeddingOutput
     from puna.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from puna.outputs import RequestOutput as RequestOutput
     from puna.outputs import ScoringOutput as ScoringOutput
     from puna.outputs import ScoringRequestOutput as ScoringRequestOutput
+    from puna.peft_model import PeftModel as PeftModel
+    from puna.peft_model import get_peft_model as get_peft_model
     from puna.prompts import TextPrompt as TextPrompt
     from puna.prompts import TokensPrompt as TokensPrompt
 
@@ -40,6 +43,8 @@ _PUBLIC = {
     "EmbeddingOutput": "puna.outputs",
     "EmbeddingRequestOutput": "puna.outputs",
     "LLM": "puna.llm",
+    "LoraConfig": "puna.model.lora_config",
+    "PeftModel": "puna.peft_model",
     "PoolingOutput": "puna.outputs",
     "PoolingParams": "puna.engine.pooling",
     "PoolingRequestOutput": "puna.outputs",
@@ -51,6 +56,7 @@ _PUBLIC = {
     "StructuredOutputsParams": "puna.engine.sampling",
     "TextPrompt": "puna.prompts",
     "TokensPrompt": "puna.prompts",
+    "get_peft_model": "puna.peft_model",
 }
 
 __all__ = [
@@ -62,6 +68,8 @@ __all__ = [
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "LLM",
+    "LoraConfig",
+    "PeftModel",
     "PoolingOutput",
     "PoolingParams",
     "PoolingRequestOutput",
@@ -74,6 +82,7 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "__version__",
+    "get_peft_model",
 ]
 
 

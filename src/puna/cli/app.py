@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import puna
+from puna.cli.adapter import adapter
 from puna.cli.bench import bench
 from puna.cli.run import run
 from puna.cli.show import show
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(show)
+app.add_typer(adapter)
 app.add_typer(bench)
 
 

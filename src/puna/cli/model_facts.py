@@ -109,6 +109,8 @@ def _quantization(checkpoint: Checkpoint) -> tuple[str, dict[str, int]]:
     from puna.weights.gguf import GgufCheckpoint
     from puna.weights.hf import HfCheckpoint
 
+    if isinstance(checkpoint, HfCheckpoint) and checkpoint.packed.kind is not None:
+        return checkpoint.packed.kind, {}
     if not isinstance(checkpoint, GgufCheckpoint):
         dtype = checkpoint.stored_dtype if isinstance(checkpoint, HfCheckpoint) else checkpoint.dtype
         return _short_name(dtype), {}

@@ -114,6 +114,15 @@ class TensorFile:
         self._fill(name, rows, out)
         return out
 
+    def read_bytes(self, name: str) -> Tensor:
+        """Read the bytes of a contiguous tensor of any type, uint8 (num_bytes,); raises as `read` does."""
+        stored = self.tensors[name]
+        if stored.strides is not None:
+            raise CheckpointError(self.path, f"{name} is not contiguous")
+        out = torch.empty(stored.num_bytes, dtype=torch.uint8)
+        self._fill(name, stored, out)
+        return out
+
     def _read_strided(self, name: str, stored: StoredTensor, out: Tensor | None) -> Tensor:
         assert stored.dtype is not None and stored.strides is not None
         span = torch.empty(stored.num_bytes // stored.dtype.itemsize, dtype=stored.dtype)

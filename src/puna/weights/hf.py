@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from puna.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedError
 from puna.model.config import LlamaConfig
+from puna.weights.bnb_checkpoint import BnbWeights
 from puna.weights.files import (
     StoredTensor,
     TensorFile,
@@ -28,6 +29,8 @@ from puna.weights.files import (
     open_torch_file,
     read_json_object,
 )
+from puna.weights.int8 import Int8Tensor
+from puna.weights.nf4 import FourBitTensor
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +65,18 @@ class HfCheckpoint:
         self.skipped: list[str] = []
         self.config = _read_config(self.path)
         self._files = _open_weight_files(self.path, weight_files(use_safetensors))
-        self._plan = _Plan.of(self._files, self.config)
+        self.packed = BnbWeights(self._files)
+        self._plan = _Plan.of(self._files, self.config, except_for=self.packed.names)
         _require_floats(self.path, self._plan)
-        self.total_bytes = sum(source.stored.num_bytes for source in self._plan.used())
+        self.total_bytes = (
+            sum(source.stored.num_bytes for source in self._plan.used()) + self.packed.num_bytes
+        )
         if self.config.tie_word_embeddings and _HEAD in self._plan.plain:
             self.total_bytes -= self._plan.plain[_HEAD].stored.num_bytes
         self.stored_dtype = self._stored_dtype()
         self.dtype = self._declared_dtype()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | FourBitTensor | Int8Tensor]]:
         """Yield (name, tensor), one at a time, in the order of the files; the tensors are the caller's.
 
         Fills `skipped`. Raises CheckpointError where a file ends early or experts are missing.
@@ -83,6 +89,7 @@ class HfCheckpoint:
                 yield name, source.file.read(source.name)
         for experts, parts in self._plan.experts.items():
             yield from self._join_experts(experts, parts)
+        yield from self.packed.tensors()
 
     def _declared_dtype(self) -> torch.dtype:
         declared = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -151,12 +158,13 @@ class _Plan:
     skipped: list[str]
 
     @classmethod
-    def of(cls, files: list[TensorFile], config: LlamaConfig) -> _Plan:
+    def of(cls, files: list[TensorFile], config: LlamaConfig, except_for: Collection[str] = ()) -> _Plan:
         plan = cls(plain={}, experts={}, skipped=[])
         for file in files:
             plan.skipped.extend(file.others)
             for stored_name in sorted(file.tensors, key=lambda name: file.tensors[name].offset):
-                plan._place(_Source(file=file, name=stored_name), config)
+                if stored_name not in except_for:
+                    plan._place(_Source(file=file, name=stored_name), config)
         return plan
 
     def _place(self, source: _Source, config: LlamaConfig) -> None:
@@ -224,7 +232,7 @@ def _read_config(folder: Path) -> LlamaConfig:
     text = values.get("text_config")
     for part in (values, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
-            if part.get(key):
+            if part.get(key) and not (part is values and _is_bnb(part[key])):
                 raise _quantised(path, part[key])
     try:
         return LlamaConfig.from_hf(values)
@@ -232,6 +240,11 @@ def _read_config(folder: Path) -> LlamaConfig:
         raise ConfigError(f"{path}: {error}") from error
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from error
+
+
+def _is_bnb(settings: Any) -> bool:
+    """Say whether bitsandbytes packed the weights, which are read as they are."""
+    return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
 
 
 def _quantised(path: Path, settings: Any) -> UnsupportedError:

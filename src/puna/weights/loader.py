@@ -26,11 +26,15 @@ from puna.model.llama import Llama
 from puna.weights.files import list_names
 from puna.weights.gguf import open_gguf
 from puna.weights.hf import WEIGHT_FILES, HfCheckpoint
+from puna.weights.int8 import Int8Tensor
 from puna.weights.meta import MetaCheckpoint, list_shards
+from puna.weights.nf4 import FourBitTensor
 from puna.weights.packed_matrix import QuantTensor
-from puna.weights.quant import ShapeError, swap_in
+from puna.weights.quant import ShapeError, swap_in, swap_in_bnb
 
 logger = logging.getLogger(__name__)
+
+Packed = QuantTensor | FourBitTensor | Int8Tensor
 
 
 class Checkpoint(Protocol):
@@ -47,7 +51,7 @@ class Checkpoint(Protocol):
         """Name the file format."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantTensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | Packed]]:
         """Yield (name in our model, tensor), each once; the tensors belong to the caller."""
         ...
 
@@ -201,8 +205,8 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _num_bytes(value: Tensor | QuantTensor) -> int:
-    data = value.data if isinstance(value, QuantTensor) else value
+def _num_bytes(value: Tensor | Packed) -> int:
+    data = value if isinstance(value, Tensor) else value.data
     return data.numel() * data.element_size()
 
 
@@ -221,11 +225,11 @@ class _Filling:
     def __post_init__(self) -> None:
         self.expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
-    def put(self, name: str, value: Tensor | QuantTensor) -> None:
+    def put(self, name: str, value: Tensor | Packed) -> None:
         """Make a tensor the parameter of that name, or note why it cannot be."""
         if name in self.seen:
             self.doubled.append(name)
-        elif isinstance(value, QuantTensor):
+        elif not isinstance(value, Tensor):
             self._put_packed(name, value)
         elif name not in self.expected:
             self.unexpected.append(name)
@@ -238,9 +242,12 @@ class _Filling:
             setattr(self.model.get_submodule(owner), leaf, parameter)
         self.seen.add(name)
 
-    def _put_packed(self, name: str, value: QuantTensor) -> None:
+    def _put_packed(self, name: str, value: Packed) -> None:
         try:
-            swap_in(self.model, name, value.to(self.device))
+            if isinstance(value, QuantTensor):
+                swap_in(self.model, name, value.to(self.device))
+            else:
+                swap_in_bnb(self.model, name, value.to(self.device))
         except ShapeError as error:
             self.misshapen.append(f"{name} ({error})")
         except ValueError as error:  # nothing there takes packed weights

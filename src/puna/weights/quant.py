@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from puna.model.moe import Experts
+from puna.weights.int8 import Int8Linear, Int8Tensor
+from puna.weights.nf4 import FourBitLinear, FourBitTensor
 from puna.weights.packed_matrix import PackedMatrix, QuantTensor
 
 _EXPERT_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
@@ -125,7 +127,26 @@ def num_packed(module: nn.Module) -> int:
     """Count the values of the packed weights in a module itself, not in those below it."""
     if isinstance(module, PackedMatrix):
         return module.out_features * module.in_features
+    if isinstance(module, FourBitLinear | Int8Linear):
+        return module.quantized.shape.numel()
     return 0
+
+
+def swap_in_bnb(model: nn.Module, name: str, value: FourBitTensor | Int8Tensor) -> None:
+    """Put a weight packed by bitsandbytes in place of the linear's parameter `name`; raises as `swap_in`."""
+    owner_name, _, leaf = name.rpartition(".")
+    parent_name, _, attribute = owner_name.rpartition(".")
+    try:
+        parent, owner = model.get_submodule(parent_name), model.get_submodule(owner_name)
+    except AttributeError as error:
+        raise ValueError("the model has no such module") from error
+    if leaf != "weight" or not isinstance(owner, nn.Linear):
+        raise ValueError(f"{type(owner).__name__}.{leaf} cannot hold weights packed by bitsandbytes")
+    if tuple(value.shape) != (owner.out_features, owner.in_features):
+        expected = [owner.out_features, owner.in_features]
+        raise ShapeError(f"expected the shape {expected}, got {list(value.shape)}")
+    linear = FourBitLinear if isinstance(value, FourBitTensor) else Int8Linear
+    setattr(parent, attribute, linear(value, owner.bias))  # type: ignore[arg-type]
 
 
 def swap_in(model: nn.Module, name: str, value: QuantTensor) -> None:
