@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def require_equal(got: State, expected: State) -> None:
+def require_equal(got: Mapping[str, object], expected: State) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
-        assert got[name].dtype == tensor.dtype, name
+        found = got[name]
+        assert isinstance(found, Tensor) and torch.equal(found, tensor), name
+        assert found.dtype == tensor.dtype, name
 
 
 def as_bin(folder: Path) -> None:
