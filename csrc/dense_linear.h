@@ -85,7 +85,12 @@ void dot_rows(const uint16_t* w, int64_t columns, const float* x, float* out) {
       });
     });
   };
-  for (int64_t column = 0; column < whole; column += 16) add(w + column, columns, column);
+  for (int64_t column = 0; column < whole; column += 16) {
+    if (column % 32 == 0)  // the next rows: a processor foresees no more than the page that it reads
+      static_for<rows>(
+          [&](auto r) PUNA_INLINE_LAMBDA { __builtin_prefetch(w + (rows + r) * columns + column, 0, 2); });
+    add(w + column, columns, column);
+  }
   if (whole < columns) {
     uint16_t rest[16 * rows] = {};
     for (int r = 0; r < rows; ++r)
