@@ -48,9 +48,7 @@ class PagedKVCache:
         """Put k, v (tokens, num_kv_heads, head_dim) into `slots` (tokens,): block * block_size + offset."""
         for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
             limit = torch.finfo(kept.dtype).max
-            if (
-                limit < torch.finfo(new.dtype).max
-            ):  # the conversion would make NaN or infinity of large values
+            if limit < torch.finfo(new.dtype).max:  # large values would become NaN or infinity
                 new = new.clamp(-limit, limit)
             kept.view(-1, *kept.shape[2:])[slots] = new.to(kept.dtype)
 
@@ -109,9 +107,10 @@ class PagedAttention:
         return out
 
     def lengths(self) -> Tensor:
-        """See `puna.model.Attention`. With prompt_lengths it does not matter how a sequence is cut:
+        """See `puna.model.Attention`.
 
-        a token of the prompt counts the whole prompt, one behind it everything up to itself.
+        With prompt_lengths it does not matter how a sequence is cut: a token of the prompt counts the whole
+        prompt, one behind it everything up to itself.
         """
         if self.prompt_lengths is None:
             totals = [start + count for start, count in zip(self.starts, self.counts, strict=True)]

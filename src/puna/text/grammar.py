@@ -239,10 +239,12 @@ def _checked_text(name: str, text: str) -> str:
 
 
 def _checked_schema(schema: str | dict[str, Any], additional_properties: bool) -> dict[str, Any]:
-    text = schema if isinstance(schema, str) else json.dumps(schema)
     try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
         value = json.loads(_checked_text("json", text))
-    except (ValueError, RecursionError) as error:
+    except ParameterError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(f"json is not JSON: {error}") from error
     if value is True:
         value = {}
