@@ -85,7 +85,7 @@ def _truncated(ids: list[int], limit: int | None, longest: int) -> list[int]:
     return ids[-(longest if limit == -1 else limit) :]
 
 
-def _content(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
+def _content(prompt: Prompt) -> tuple[str | None, Iterable[int] | None]:
     if isinstance(prompt, str):
         return prompt, None
     if not isinstance(prompt, Mapping):

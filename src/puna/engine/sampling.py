@@ -77,11 +77,16 @@ class StructuredOutputsParams:
         value = getattr(self, kind)
         if value in ("", [], False):
             raise ParameterError(f"{kind} must not be empty, got {value!r}")
-        types = {"json": (str, dict), "choice": (list, tuple), "json_object": (bool,)}.get(kind, (str,))
+        kinds_of_value: dict[str, tuple[type, ...]] = {
+            "json": (str, dict),
+            "choice": (list, tuple),
+            "json_object": (bool,),
+        }
+        types = kinds_of_value.get(kind, (str,))
         if not isinstance(value, types):
             names = " or ".join(wanted.__name__ for wanted in types)
             raise ParameterError(f"{kind} must be of type {names}, got {value!r}")
-        if kind == "choice" and not all(isinstance(item, str) for item in value):
+        if kind == "choice" and not all(isinstance(item, str) for item in self.choice or ()):
             raise ParameterError(f"choice must hold texts, got {value!r}")
         self._refuse_what_would_be_ignored(kind)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import typer
 
-from puna.cli.bench.engine_commands import latency, throughput
-from puna.cli.bench.serve_command import serve
+from puna.cli.measure.engine_commands import latency, throughput
+from puna.cli.measure.serve_command import serve
 
 bench = typer.Typer(
     name="bench", help="Measure the engine, or a server.", no_args_is_help=True, rich_markup_mode=None

@@ -22,9 +22,9 @@ import typer
 from puna.errors import ParameterError, PunaError
 
 if TYPE_CHECKING:
-    from puna.cli.bench.load_client import Client
-    from puna.cli.bench.request_sets import BenchRequest
-    from puna.cli.bench.timelines import Timeline
+    from puna.cli.measure.load_client import Client
+    from puna.cli.measure.request_sets import BenchRequest
+    from puna.cli.measure.timelines import Timeline
 
 
 class BackendName(StrEnum):
@@ -89,9 +89,7 @@ OutputJson = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the
 SaveResult = Annotated[
     bool, typer.Option("--save-result", help="Write them to a file named after what was measured.")
 ]
-SaveDetailed = Annotated[
-    bool, typer.Option("--save-detailed", help="Write what each request did, too.")
-]
+SaveDetailed = Annotated[bool, typer.Option("--save-detailed", help="Write what each request did, too.")]
 ResultDir = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for --save-result.")]
 
 
@@ -157,8 +155,8 @@ async def _measure(
     **arrivals: Any,
 ) -> tuple[Client, list[Timeline], float]:
     """Find the model, warm up, then send all requests."""
-    from puna.cli.bench.load_client import ENDPOINTS, Client, first_model, send_all
-    from puna.cli.bench.http_client import Address, connect
+    from puna.cli.measure.http_client import Address, connect
+    from puna.cli.measure.load_client import ENDPOINTS, Client, first_model, send_all
 
     address = Address.from_url(server["base_url"])
     key = os.environ.get("OPENAI_API_KEY")
@@ -186,7 +184,7 @@ def _requests(
     seed: int,
 ) -> list[BenchRequest]:
     """Read or make the requests; `lengths` are those of prompt and answer, their ratio, and the prefix's."""
-    from puna.cli.bench.request_sets import RandomSet, dataset_requests, random_text_requests
+    from puna.cli.measure.request_sets import RandomSet, dataset_requests, random_text_requests
 
     input_len, output_len, range_ratio, prefix_len = lengths
     random_set = RandomSet(
@@ -218,7 +216,7 @@ def _result(
     save_detailed: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the metrics, and all that `vllm bench serve` writes into its file."""
-    from puna.cli.bench.timelines import details, summarise
+    from puna.cli.measure.timelines import details, summarise
 
     found = summarise(timelines, duration, **shown)
     rate = arrivals["request_rate"]
@@ -246,7 +244,7 @@ def _report(
     result_dir: Path | None,
 ) -> None:
     """Print the metrics, and write the result where it is wanted. Exits with 1 when every request failed."""
-    from puna.cli.bench.timelines import table, write_json
+    from puna.cli.measure.timelines import table, write_json
 
     _print_failures(timelines)
     typer.echo("\n".join(table(found)))
@@ -258,7 +256,7 @@ def _report(
 
 
 def _metrics(text: str) -> list[str]:
-    from puna.cli.bench.timelines import METRICS
+    from puna.cli.measure.timelines import METRICS
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:

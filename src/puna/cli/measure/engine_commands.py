@@ -17,8 +17,8 @@ import typer
 from puna.cli.run import MODEL_HELP, Dtype
 
 if TYPE_CHECKING:
-    from puna.cli.bench.request_sets import BenchRequest
-    from puna.cli.bench.timelines import Timeline
+    from puna.cli.measure.request_sets import BenchRequest
+    from puna.cli.measure.timelines import Timeline
     from puna.engine.sampling import SamplingParams
     from puna.llm import LLM
 
@@ -100,7 +100,7 @@ def throughput(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
     )
-    from puna.cli.bench.request_sets import dataset_requests
+    from puna.cli.measure.request_sets import dataset_requests
 
     if dataset_path is None:
         requests = _random(
@@ -149,8 +149,8 @@ def latency(
     )
     import numpy as np
 
-    from puna.cli.bench.engine_runs import time_batches
-    from puna.cli.bench.timelines import write_json
+    from puna.cli.measure.engine_runs import time_batches
+    from puna.cli.measure.timelines import write_json
 
     requests = _random(llm, num_prompts=batch_size, input_len=input_len, output_len=output_len, seed=seed)
     params = _params(llm, requests, temperature, detokenize=not disable_detokenize)
@@ -178,7 +178,7 @@ def _load(model: str | None, **options: Any) -> tuple[LLM, float]:
 
 
 def _random(llm: LLM, **wanted: Any) -> list[BenchRequest]:
-    from puna.cli.bench.request_sets import RandomSet, plain_ids, random_id_requests
+    from puna.cli.measure.request_sets import RandomSet, plain_ids, random_id_requests
 
     vocab_size = llm.text_engine.engine.model.config.vocab_size
     return random_id_requests(RandomSet(**wanted), plain_ids(llm.get_tokenizer(), vocab_size))
@@ -188,7 +188,7 @@ def _params(
     llm: LLM, requests: Sequence[BenchRequest], temperature: float, *, detokenize: bool
 ) -> list[SamplingParams]:
     """Return the settings of each request. Raises ParameterError for one that would be cut short."""
-    from puna.cli.bench.engine_runs import check_lengths, full_length
+    from puna.cli.measure.engine_runs import check_lengths, full_length
 
     check_lengths(requests, llm.text_engine.engine.max_model_len)
     return [full_length(request, temperature, detokenize=detokenize) for request in requests]
@@ -198,7 +198,7 @@ def _run(
     llm: LLM, requests: list[BenchRequest], params: list[SamplingParams], async_engine: bool
 ) -> tuple[list[Timeline], float]:
     from puna.async_llm import AsyncLLM
-    from puna.cli.bench.engine_runs import run_async, run_offline
+    from puna.cli.measure.engine_runs import run_async, run_offline
 
     if not async_engine:
         return run_offline(llm.text_engine, requests, params)
@@ -213,7 +213,7 @@ def _report_throughput(
     timelines: list[Timeline], elapsed: float, load_time: float, output_json: Path | None
 ) -> None:
     """Print the metrics, and write them under the names of `vllm bench throughput` and `serve`."""
-    from puna.cli.bench.timelines import summarise, table, write_json
+    from puna.cli.measure.timelines import summarise, table, write_json
 
     found = summarise(timelines, elapsed)
     result = {
