@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from puna.cli.run import MODEL_HELP, Dtype
+from puna.cli.threads import Threads, use_threads
 
 if TYPE_CHECKING:
     from puna.cli.measure.request_sets import BenchRequest
@@ -79,6 +80,7 @@ def throughput(
     disable_detokenize: NoText = False,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "cpu",
+    threads: Threads = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxSeqs = 256,
     max_num_batched_tokens: MaxBatched = 2048,
@@ -94,6 +96,7 @@ def throughput(
         model,
         dtype=dtype.value,
         device=device,
+        threads=threads,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -130,6 +133,7 @@ def latency(
     disable_detokenize: NoText = False,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "cpu",
+    threads: Threads = None,
     max_model_len: MaxModelLen = None,
     max_num_batched_tokens: MaxBatched = 2048,
     gpu_memory_utilization: MemoryShare = None,
@@ -141,6 +145,7 @@ def latency(
         model,
         dtype=dtype.value,
         device=device,
+        threads=threads,
         max_model_len=max_model_len,
         max_num_seqs=batch_size,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -163,7 +168,7 @@ def latency(
     write_json(output_json, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles})
 
 
-def _load(model: str | None, **options: Any) -> tuple[LLM, float]:
+def _load(model: str | None, *, threads: int | None, **options: Any) -> tuple[LLM, float]:
     """Return the model, loaded, and the seconds that it took with all imports."""
     from puna.cli.terminal import Terminal
     from puna.locate import find_model
@@ -173,6 +178,7 @@ def _load(model: str | None, **options: Any) -> tuple[LLM, float]:
     with Terminal.standard().busy(f"loading {path.name}"):
         from puna.llm import LLM
 
+        use_threads(threads)
         llm = LLM(path, **options)
     return llm, time.perf_counter() - began
 
