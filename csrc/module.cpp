@@ -43,10 +43,6 @@ Dtype require_dtype(int code) {
   return static_cast<Dtype>(code);
 }
 
-int64_t tile_bytes(int64_t rows, int64_t row_bytes) {
-  return (rows + kTileRows - 1) / kTileRows * kTileRows * row_bytes;
-}
-
 // A matrix of quantised weights in tiles. It keeps the memory that it was made over.
 class QuantMatrix {
  public:
@@ -58,9 +54,11 @@ class QuantMatrix {
     require(columns % format.columns == 0,
             std::to_string(columns) + " columns are no whole number of blocks");
     row_bytes_ = columns / format.columns * format.bytes;
-    require(static_cast<int64_t>(tiles.size()) == tile_bytes(rows, row_bytes_),
-            "tiles of " + std::to_string(tile_bytes(rows, row_bytes_)) + " bytes are needed, got " +
-                std::to_string(tiles.size()));
+    const int64_t in_tiles = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t size = static_cast<int64_t>(tiles.size());  // not multiplied: a huge matrix would overflow
+    require(size % in_tiles == 0 && size / in_tiles == row_bytes_ && tiles.data() != nullptr,
+            "tiles of " + std::to_string(in_tiles) + " rows of " + std::to_string(row_bytes_) +
+                " bytes are needed, got " + std::to_string(size));
   }
 
   // Fill the tiles from rows of blocks as they lie in files.
@@ -251,17 +249,18 @@ NB_MODULE(_cpu, m) {
       "chosen", [] { return std::string(kernels().name); }, "Return the name of the instruction set in use.");
   m.def("choose", &choose_kernels, "name"_a, "Use another instruction set from now on.");
   m.def("num_threads", &num_threads, "Return how many threads a kernel uses.");
+  // noconvert: a tensor of another dtype or layout would be copied, and what is written to the copy be lost.
   nb::class_<QuantMatrix>(m, "QuantMatrix")
-      .def(nb::init<Bytes, int, int64_t, int64_t>(), "tiles"_a, "type"_a, "rows"_a, "columns"_a)
-      .def("pack", &QuantMatrix::pack, "rows"_a)
-      .def("unpack", &QuantMatrix::unpack, "numbers"_a, "out"_a);
+      .def(nb::init<Bytes, int, int64_t, int64_t>(), "tiles"_a.noconvert(), "type"_a, "rows"_a, "columns"_a)
+      .def("pack", &QuantMatrix::pack, "rows"_a.noconvert())
+      .def("unpack", &QuantMatrix::unpack, "numbers"_a.noconvert(), "out"_a.noconvert());
   m.def("linear", &linear, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a, "matrices"_a, "outs"_a,
         "out_sizes"_a);
   m.def("dense_linear", &linear_dense, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a,
         "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a);
   nb::class_<PagedBatch>(m, "PagedBatch")
-      .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a, "starts"_a, "counts"_a,
-           "num_blocks"_a, "block_size"_a)
+      .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a.noconvert(),
+           "starts"_a.noconvert(), "counts"_a.noconvert(), "num_blocks"_a, "block_size"_a)
       .def("attend", &PagedBatch::attend, "q"_a, "dtype"_a, "tokens"_a, "heads"_a, "head_dim"_a, "q_stride"_a,
            "keys"_a, "values"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
            "chunk_size"_a);

@@ -211,8 +211,27 @@ def test_wrong_calls_raise() -> None:
         cpu.TiledWeight(torch.zeros(8, dtype=torch.uint8), GGMLType.Q4_0, (16, 64))
     with pytest.raises(ValueError, match="another shape"):
         weight.matrix.pack(torch.zeros(17, 36, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="torch.bool"):
+        weight.rows(torch.ones(16, dtype=torch.bool))
     with pytest.raises(ConfigError, match="abacus"):
         cpu.choose("abacus")
+
+
+def test_sizes_that_overflow_are_refused() -> None:
+    # 2**38 rows of 2**28 * 34 bytes are a multiple of 2**64.
+    with pytest.raises(ValueError, match="bytes are needed, got 0"):
+        cpu.TiledWeight(torch.empty(0, dtype=torch.uint8), GGMLType.Q8_0, (1 << 38, 1 << 33))
+
+
+def test_what_would_have_to_be_copied_is_refused() -> None:
+    weight = cpu.TiledWeight.pack(random_rows(GGMLType.Q4_0, 16, 64), GGMLType.Q4_0)
+    numbers, out = torch.arange(4), torch.zeros(4, 72, dtype=torch.uint8)
+    for wrong in (out[:, ::2], out[:, :36].to(torch.int16)):
+        with pytest.raises(TypeError):
+            weight.matrix.unpack(numbers, wrong)
+    for tiles in (weight.tiles.to(torch.int8), weight.tiles.repeat_interleave(2)[::2]):
+        with pytest.raises(TypeError):
+            cpu.TiledWeight(tiles, GGMLType.Q4_0, (16, 64))
 
 
 def test_one_pool_of_threads() -> None:

@@ -98,7 +98,12 @@ class TiledWeight:
         return TiledWeight, (self.tiles, self.kind, self.shape)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return the packed rows with these numbers, (len(index), row_bytes), as `pack` was given them."""
+        """Return the packed rows with these numbers, (len(index), row_bytes), as `pack` was given them.
+
+        Raises ValueError for a number that is no row's, and for a mask.
+        """
+        if index.dtype == torch.bool or index.is_floating_point():
+            raise ValueError(f"rows are chosen by their numbers, got {index.dtype}")
         block, size = _BLOCKS[self.kind]
         out = torch.empty(index.shape[0], self.shape[1] // block * size, dtype=torch.uint8)
         self.matrix.unpack(index.to(torch.int64).contiguous(), out)
