@@ -337,6 +337,27 @@ def test_a_copied_matrix_computes_the_same(how: str) -> None:
 
 
 @needs_compiled
+def test_tiles_may_move_into_shared_memory() -> None:
+    # As sending a model to another process does.
+    matrix = PackedMatrix(random_rows(GGMLType.Q6_K, 21))
+    x = torch.randn(2, matrix.in_features)
+    expected = matrix(x)
+    matrix.packed.share_memory_()
+    assert torch.equal(matrix(x), expected)
+    matrix.packed.zero_()
+    assert matrix(x).eq(0).all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_computed_with(assign: bool) -> None:
+    matrix, other = (PackedMatrix(random_rows(GGMLType.Q6_K, 21, seed=seed)) for seed in (0, 1))
+    matrix.load_state_dict(other.state_dict(), assign=assign)
+    x = torch.randn(2, matrix.in_features)
+    assert torch.equal(matrix(x), other(x))
+
+
+@needs_compiled
 def test_one_token_equals_itself_among_others_bit_for_bit() -> None:
     x = torch.randn(9, 512)
     for kind in SCALES:

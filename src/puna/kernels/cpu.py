@@ -79,7 +79,18 @@ class TiledWeight:
         self.tiles = tiles
         self.kind = kind
         self.shape = shape
-        self.matrix = _cpu.QuantMatrix(tiles, kind, *shape)
+        self._look_at_tiles()
+
+    def _look_at_tiles(self) -> None:
+        self._address = self.tiles.data_ptr()
+        self._matrix = _cpu.QuantMatrix(self.tiles, self.kind, *self.shape)
+
+    @property
+    def matrix(self) -> _cpu.QuantMatrix:
+        """The tiles as the kernels know them: by address, which changes when torch shares the memory."""
+        if self.tiles.data_ptr() != self._address:
+            self._look_at_tiles()
+        return self._matrix
 
     @classmethod
     def pack(cls, rows: Tensor, kind: int) -> TiledWeight:

@@ -132,11 +132,19 @@ class PackedMatrix(nn.Module):
         if self._tiled is not None and leaves_the_cpu:
             self.packed, self._tiled = self.quantized.data, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._tiled is not None:
-            self._tiled = type(self._tiled)(self.packed, self._tiled.kind, self._tiled.shape)
-        elif not leaves_the_cpu:
+        if self._tiled is None and not leaves_the_cpu:
             self._keep(self.quantized)
+        self._use_packed()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self._use_packed()
+
+    def _use_packed(self) -> None:
+        """Compute with `packed`, which may have become another tensor."""
+        if self._tiled is not None and self._tiled.tiles is not self.packed:
+            self._tiled = type(self._tiled)(self.packed, self._tiled.kind, self._tiled.shape)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}, {self.in_features}, type={self.quant_type.name}"
