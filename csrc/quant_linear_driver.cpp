@@ -41,7 +41,8 @@ int64_t tiles_at_a_time(int64_t tiles) {
 }  // namespace
 
 void quant_linear(const void* x, Dtype type, int64_t tokens, int64_t stride,
-                  const std::vector<QuantWeight>& weights, const std::vector<void*>& outs) {
+                  const std::vector<QuantWeight>& weights, const std::vector<void*>& outs,
+                  int threads) {
   if (tokens == 0 || weights.empty()) return;
   const KernelTable& table = kernels();
   const int64_t columns = weights.front().columns;
@@ -50,7 +51,7 @@ void quant_linear(const void* x, Dtype type, int64_t tokens, int64_t stride,
   const int64_t size = table.group_size(tokens), whole = tokens / size;
   int64_t work = 0;
   for (const QuantWeight& weight : weights) work += weight.rows * columns * tokens;
-#pragma omp parallel if (work >= kWorthThreads)
+#pragma omp parallel num_threads(threads) if (work >= kWorthThreads)
   {
 #pragma omp for schedule(static)
     for (int64_t group = 0; group <= whole; ++group) {

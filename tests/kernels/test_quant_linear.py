@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,7 +207,7 @@ def test_wrong_calls_raise() -> None:
     with pytest.raises(ValueError, match="bytes are needed"):
         cpu.TiledWeight(torch.zeros(8, dtype=torch.uint8), GGMLType.Q4_0, (16, 64))
     with pytest.raises(ValueError, match="another shape"):
-        weight.matrix.pack(torch.zeros(17, 36, dtype=torch.uint8))
+        weight.matrix.pack(torch.zeros(17, 36, dtype=torch.uint8), 1)
     with pytest.raises(ValueError, match="torch.bool"):
         weight.rows(torch.ones(16, dtype=torch.bool))
     with pytest.raises(ConfigError, match="abacus"):
@@ -228,17 +225,7 @@ def test_what_would_have_to_be_copied_is_refused() -> None:
     numbers, out = torch.arange(4), torch.zeros(4, 72, dtype=torch.uint8)
     for wrong in (out[:, ::2], out[:, :36].to(torch.int16)):
         with pytest.raises(TypeError):
-            weight.matrix.unpack(numbers, wrong)
+            weight.matrix.unpack(numbers, wrong, 1)
     for tiles in (weight.tiles.to(torch.int8), weight.tiles.repeat_interleave(2)[::2]):
         with pytest.raises(TypeError):
             cpu.TiledWeight(tiles, GGMLType.Q4_0, (16, 64))
-
-
-def test_one_pool_of_threads() -> None:
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("the system does not list what is loaded")
-    # In a process of its own: other packages of the test run may bring OpenMP libraries.
-    code = "import puna.kernels.cpu; print(open('/proc/self/maps').read())"
-    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    pools = {line.split()[-1] for line in maps.splitlines() if "gomp" in line or "iomp" in line}
-    assert len(pools) <= 1, pools

@@ -54,8 +54,8 @@ def choose(isa: str) -> None:
 
 
 def num_threads() -> int:
-    """Return how many threads a kernel uses."""
-    return _cpu.num_threads()
+    """Return how many threads a kernel uses: torch's number, or one where a fork has left the others behind."""
+    return 1 if _cpu.threads_are_lost() else torch.get_num_threads()
 
 
 def can_pack(rows: Tensor, kind: int) -> bool:
@@ -101,7 +101,7 @@ class TiledWeight:
         count, row_bytes = rows.shape
         tiles = torch.empty(-(-count // TILE_ROWS) * TILE_ROWS * row_bytes, dtype=torch.uint8)
         weight = cls(tiles, kind, (count, row_bytes // size * block))
-        weight.matrix.pack(rows.contiguous())
+        weight.matrix.pack(rows.contiguous(), torch.get_num_threads())
         return weight
 
     def __reduce__(self) -> tuple[type[TiledWeight], tuple[Tensor, int, tuple[int, int]]]:
@@ -117,7 +117,7 @@ class TiledWeight:
             raise ValueError(f"rows are chosen by their numbers, got {index.dtype}")
         block, size = _BLOCKS[self.kind]
         out = torch.empty(index.shape[0], self.shape[1] // block * size, dtype=torch.uint8)
-        self.matrix.unpack(index.to(torch.int64).contiguous(), out)
+        self.matrix.unpack(index.to(torch.int64).contiguous(), out, torch.get_num_threads())
         return out
 
 
@@ -138,6 +138,7 @@ def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
         [weight.matrix for weight in weights],
         [out.data_ptr() for out in outs],
         [out.numel() for out in outs],
+        torch.get_num_threads(),
     )
     return outs
 
@@ -170,6 +171,7 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         [weight.numel() for weight in weights],
         [out.data_ptr() for out in outs],
         [out.numel() for out in outs],
+        torch.get_num_threads(),
     )
     return outs
 
@@ -258,5 +260,6 @@ def paged_attention(
         out.data_ptr(),
         scale,
         chunk_size or 0,
+        torch.get_num_threads(),
     )
     return out
