@@ -149,6 +149,14 @@ def test_what_is_not_finite_shows(isa: str) -> None:
             assert out[: tokens - 1].isfinite().all()
 
 
+def test_the_largest_activations_are_finite(isa: str) -> None:
+    rows = random_rows(GGMLType.Q8_0, 16, 64, scale=1e-6)
+    for tokens in (1, 5):
+        x = torch.zeros(tokens, 64)
+        x[:, 3], x[:, 19] = 3e38, 3e38  # whose sum is not
+        assert_explained(multiply(x, rows, GGMLType.Q8_0), x, rows, GGMLType.Q8_0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_and_out(isa: str, dtype: torch.dtype) -> None:
     rows = random_rows(GGMLType.Q6_K, 37, 512)
