@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from puna import kernels
@@ -290,6 +291,15 @@ def test_modules_describe_themselves() -> None:
 
 
 needs_compiled = pytest.mark.skipif(kernels.compiled() is None, reason="the compiled kernels are not there")
+
+
+@needs_compiled
+def test_tangents_flow_through_packed_weights() -> None:
+    weight = random_rows(GGMLType.Q6_K, 13)
+    x, tangent = torch.randn(2, 3, 512)
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(QuantLinear(weight)(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(out.tangent, tangent @ weight.dequantize().T)
 
 
 @needs_compiled

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch  # first: it brings the OpenMP library whose threads the kernels share
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 import puna.kernels._cpu as _cpu  # not `from`, whose error would speak of a circular import
 from puna.errors import ConfigError
@@ -64,9 +66,18 @@ def can_pack(rows: Tensor, kind: int) -> bool:
     return known and rows.shape[1] % _BLOCKS[kind][1] == 0
 
 
+def is_transformed() -> bool:
+    """Say whether torch is in forward-mode differentiation or a transform of torch.func (vmap, jvp, ...).
+
+    They follow torch's own operations; what a kernel computes in memory, they would silently leave out.
+    """
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
 def takes(x: Tensor) -> bool:
     """Say whether the kernels take these activations: on the CPU, float32, float16 or bfloat16."""
-    return x.device.type == "cpu" and x.dtype in _DTYPE_CODES and x.numel() > 0
+    known = x.device.type == "cpu" and x.dtype in _DTYPE_CODES and x.numel() > 0
+    return known and not is_transformed()
 
 
 class TiledWeight:
@@ -124,7 +135,7 @@ class TiledWeight:
 def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
     """Return [x @ w.T for w in weights], in the dtype of x, with activations rounded to int8 per 32 columns.
 
-    x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else.
+    No gradient flows. x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else.
     """
     flat, code, stride = _rows_of(x)
     tokens, columns = flat.shape
