@@ -38,12 +38,13 @@ struct Plan {
 };
 
 // How a sequence is cut depends on itself alone, so its result does not depend on its batch or the threads.
+// A split grows with its tokens, so that their partial results stay small beside the keys and values.
 void cut_keys(const PagedAttentionJob& job, const AttentionUnit& whole, bool few_tokens, Plan& plan) {
   const int64_t keys = whole.end - whole.begin;
   int64_t step = keys;
   if (few_tokens) {
     const int64_t even = (keys + kMostSplits - 1) / kMostSplits;
-    step = std::max(kSplitKeys, (even + kKeyBlock - 1) / kKeyBlock * kKeyBlock);
+    step = std::max(kSplitKeys * whole.count, (even + kKeyBlock - 1) / kKeyBlock * kKeyBlock);
   }
   const int64_t splits = (keys + step - 1) / step;
   plan.products += keys * whole.count * job.kv_heads * job.group * job.head_dim;
