@@ -208,6 +208,9 @@ def test_wrong_calls_raise() -> None:
         cpu.quant_linear(torch.zeros(1, 96), [weight])
     with pytest.raises(ValueError, match="int64"):
         cpu.quant_linear(torch.zeros(1, 64, dtype=torch.int64), [weight])
+    for x in (torch.tensor(1.0), torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match="without columns"):
+            cpu.quant_linear(x, [weight])
     with pytest.raises(ValueError, match="no row 16"):
         weight.rows(torch.tensor([16]))
     with pytest.raises(ValueError, match="no kernel"):

@@ -333,6 +333,15 @@ def test_a_matrix_becomes_rows_when_it_leaves_the_cpu() -> None:
 
 
 @needs_compiled
+def test_the_default_device_does_not_matter() -> None:
+    weight, x = random_rows(GGMLType.Q4_0, 21), torch.randn(2, 64)
+    with torch.device("meta"):
+        matrix = PackedMatrix(weight).float()
+        assert torch.equal(matrix.quantized.data, weight.data)
+        assert torch.equal(matrix(x), PackedMatrix(weight)(x))
+
+
+@needs_compiled
 @pytest.mark.parametrize("how", ["copied", "pickled", "cloned"])
 def test_a_copied_matrix_computes_the_same(how: str) -> None:
     matrix = PackedMatrix(random_rows(GGMLType.Q6_K, 21))

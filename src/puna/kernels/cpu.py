@@ -110,7 +110,7 @@ class TiledWeight:
             raise ValueError(f"no kernel for ggml type {kind} in {rows.dtype} {tuple(rows.shape)}")
         block, size = _BLOCKS[kind]
         count, row_bytes = rows.shape
-        tiles = torch.empty(-(-count // TILE_ROWS) * TILE_ROWS * row_bytes, dtype=torch.uint8)
+        tiles = torch.empty(-(-count // TILE_ROWS) * TILE_ROWS * row_bytes, dtype=torch.uint8, device="cpu")
         weight = cls(tiles, kind, (count, row_bytes // size * block))
         weight.matrix.pack(rows.contiguous(), torch.get_num_threads())
         return weight
@@ -127,7 +127,7 @@ class TiledWeight:
         if index.dtype == torch.bool or index.is_floating_point():
             raise ValueError(f"rows are chosen by their numbers, got {index.dtype}")
         block, size = _BLOCKS[self.kind]
-        out = torch.empty(index.shape[0], self.shape[1] // block * size, dtype=torch.uint8)
+        out = torch.empty(index.shape[0], self.shape[1] // block * size, dtype=torch.uint8, device="cpu")
         self.matrix.unpack(index.to(torch.int64).contiguous(), out, torch.get_num_threads())
         return out
 
@@ -194,8 +194,11 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
         raise ValueError(
             f"the kernels take float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}"
         )
-    flat = x.reshape(-1, x.shape[-1])
-    tokens, columns = flat.shape
+    columns = x.shape[-1] if x.ndim else 0
+    if columns == 0:
+        raise ValueError(f"the input has the shape {tuple(x.shape)}, without columns")
+    flat = x.reshape(-1, columns)
+    tokens = flat.shape[0]
     if flat.stride(1) != 1 or (tokens > 1 and flat.stride(0) < columns):
         flat = flat.contiguous()
     return flat, code, flat.stride(0) if tokens > 1 else columns
