@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: chat test test-fast check fix bench clean
+.PHONY: chat test test-fast sanitize check fix bench clean
 
 chat: $(VENV)/.run        ## install, then chat with cria, the embedded model
 	@$(BIN)/puna run
@@ -19,6 +19,17 @@ test: $(VENV)/.test       ## install, then run all tests
 
 test-fast: $(VENV)/.test  ## the same without the tests that take more than a few seconds
 	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+
+# A build beside the installed one. -S: no .pth file, so that `puna` is not the editable one.
+SANITIZED := build/sanitize
+SANITIZED_TESTS := tests/kernels tests/weights/test_quant.py tests/engine/test_paged_cache.py
+
+sanitize: $(VENV)/.test   ## test the kernels built with checks of addresses and undefined behaviour
+	$(PIP) --no-deps --upgrade --target $(SANITIZED)/site -Cbuild-dir=$(SANITIZED)/cmake \
+		-Ccmake.build-type=RelWithDebInfo -Ccmake.define.PUNA_SANITIZE=ON .
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PUNA_KERNELS=cpu \
+		PYTHONPATH=$(SANITIZED)/site:$$(echo $(VENV)/lib/python3*/site-packages) \
+		$(BIN)/python -S -m pytest $(SANITIZED_TESTS)
 
 check: $(VENV)/.check     ## lint, format and types, as CI does
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ inline void transpose_16x16(const float* in, int64_t in_stride, float* out, int6
       transpose_8x8(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
 }
 
-// 16 rows by 8 columns of 16-bit floats: column[c] has the values of column c in the order of `order`, 8 rows in
+// 16 rows by 8 columns of 16-bit floats. column[c]: the values of column c, rows in the order of `order`, 8 in
 // each half.
 inline void transpose_16_by_8(const uint16_t* const* rows, int64_t at, const int* order, __m256i* column) {
   __m256i v[8], pairs[8], fours[8];
