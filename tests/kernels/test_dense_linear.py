@@ -180,12 +180,15 @@ def test_linear_takes_the_kernel_without_gradients_and_torch_with_them(
     assert len(calls) == 1
 
 
+# torch derives its own operations with torch.jit, which it deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @DTYPES
 def test_linear_keeps_tangents_and_can_be_mapped(dtype: torch.dtype) -> None:
     weight, x = random_matrix(24, 40, dtype), random_matrix(3, 40, dtype, seed=1)
     tangent = random_matrix(3, 40, dtype, seed=2)
     with forward_ad.dual_level():
-        out = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), weight))
+        dual = forward_ad.make_dual(x, tangent)  # type: ignore[no-untyped-call]
+        out = forward_ad.unpack_dual(linear(dual, weight))  # type: ignore[no-untyped-call]
         assert out.tangent is not None
         torch.testing.assert_close(out.tangent, tangent @ weight.T)
     mapped = torch.func.vmap(lambda row: linear(row, weight))(x)

@@ -293,12 +293,15 @@ def test_modules_describe_themselves() -> None:
 needs_compiled = pytest.mark.skipif(kernels.compiled() is None, reason="the compiled kernels are not there")
 
 
+# torch derives its own operations with torch.jit, which it deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @needs_compiled
 def test_tangents_flow_through_packed_weights() -> None:
     weight = random_rows(GGMLType.Q6_K, 13)
     x, tangent = torch.randn(2, 3, 512)
     with forward_ad.dual_level():
-        out = forward_ad.unpack_dual(QuantLinear(weight)(forward_ad.make_dual(x, tangent)))
+        dual = forward_ad.make_dual(x, tangent)  # type: ignore[no-untyped-call]
+        out = forward_ad.unpack_dual(QuantLinear(weight)(dual))  # type: ignore[no-untyped-call]
         torch.testing.assert_close(out.tangent, tangent @ weight.dequantize().T)
 
 
@@ -361,7 +364,7 @@ def test_tiles_may_move_into_shared_memory() -> None:
     matrix = PackedMatrix(random_rows(GGMLType.Q6_K, 21))
     x = torch.randn(2, matrix.in_features)
     expected = matrix(x)
-    matrix.packed.share_memory_()
+    matrix.packed.share_memory_()  # type: ignore[no-untyped-call]
     assert torch.equal(matrix(x), expected)
     matrix.packed.zero_()
     assert matrix(x).eq(0).all()

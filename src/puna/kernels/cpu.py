@@ -56,7 +56,7 @@ def choose(isa: str) -> None:
 
 
 def num_threads() -> int:
-    """Return how many threads a kernel uses: torch's number, or one where a fork has left the others behind."""
+    """Return how many threads a kernel uses: torch's number, or one where a fork left the others behind."""
     return 1 if _cpu.threads_are_lost() else torch.get_num_threads()
 
 
@@ -135,7 +135,8 @@ class TiledWeight:
 def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
     """Return [x @ w.T for w in weights], in the dtype of x, with activations rounded to int8 per 32 columns.
 
-    No gradient flows. x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else.
+    x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else. No
+    gradient flows.
     """
     flat, code, stride = _rows_of(x)
     tokens, columns = flat.shape

@@ -138,7 +138,7 @@ class PackedMatrix(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
         self._use_packed()
 
     def _use_packed(self) -> None:
