@@ -81,7 +81,7 @@ class PagedAttention:
         self.starts = starts
         self.counts = counts
         device = cache.keys[0].device
-        self.slots = torch.tensor(self._slots(), device=device)
+        self.slots = torch.tensor(self._slots(), dtype=torch.int64, device=device)
         self._cpu = compiled() if use_compiled and device.type == "cpu" else None
         self._batch = None if self._cpu is None else self._compiled_batch(self._cpu)
 
@@ -135,7 +135,7 @@ class PagedAttention:
         for row, table, end in zip(tables, self.block_tables, ends, strict=True):
             needed = -(-end // size)
             row[:needed] = torch.tensor(table[:needed], dtype=torch.int32)
-        starts, counts = torch.tensor(self.starts), torch.tensor(self.counts)
+        starts, counts = (torch.tensor(numbers, dtype=torch.int64) for numbers in (self.starts, self.counts))
         batch: object = cpu.PagedBatch(tables, starts, counts, num_blocks=keys.shape[0], block_size=size)
         return batch
 
