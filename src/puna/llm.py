@@ -190,6 +190,8 @@ class LLM:
         for name in tokenization_kwargs or {}:
             if name != "truncate_prompt_tokens":
                 raise UnsupportedError(f"chat has no tokenization_kwargs {name!r}: the template says it all")
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise ParameterError(f"messages must be a list of messages, or of such lists, not {messages!r}")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -227,6 +229,8 @@ class LLM:
         One prompt is searched at a time, which is within every `concurrency_limit`.
         """
         _refuse(lora_request=lora_request, priority=priority)
+        if not isinstance(params, BeamSearchParams):
+            raise ParameterError(f"beam_search takes BeamSearchParams, not {type(params).__name__}")
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ParameterError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
         outputs: list[BeamSearchOutput] = []

@@ -149,6 +149,8 @@ def make_proposer(config: Mapping[str, Any] | None, model: Llama, device: str) -
     """Make what speculates, from vLLM's `speculative_config`."""
     if config is None:
         return None
+    if not isinstance(config, Mapping):
+        raise ParameterError(f"speculative_config must be a dict, not {config!r}")
     values = dict(config)
     count = values.pop("num_speculative_tokens", None)
     if count is None:

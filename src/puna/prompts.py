@@ -103,4 +103,6 @@ def _content(prompt: Prompt) -> tuple[str | None, Iterable[int] | None]:
         raise ParameterError(f"'prompt' must be text, got {text!r}")
     if ids is not None and (isinstance(ids, str) or not isinstance(ids, Iterable)):
         raise ParameterError(f"'prompt_token_ids' must be a list of ids, got {ids!r}")
+    if isinstance(ids, Sequence) and any(isinstance(one, bool) for one in ids):
+        raise ParameterError("'prompt_token_ids' must be a list of ids, not of booleans")
     return text, ids
