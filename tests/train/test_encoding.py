@@ -14,7 +14,6 @@ from puna.text.chat import encode_chat
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.train.encoding import ChatRendering, Example, border, encode_row, encode_rows
 from puna.train.rows import ChatRow, TextRow
-
 from tiny_chat import BOS, EOT, save_tokenizer
 
 CHAT = [
@@ -83,8 +82,8 @@ def test_llama_2_on_a_sentencepiece_vocabulary(stories: Path) -> None:
 
 
 def test_tool_calls_are_trained(tokenizer: Tokenizer) -> None:
-    call = {"function": {"name": "weather", "arguments": {"city": "Puno"}}}
-    messages = [
+    call: dict[str, Any] = {"function": {"name": "weather", "arguments": {"city": "Puno"}}}
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "weather?"},
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "cold"},

@@ -125,7 +125,8 @@ def _weighed(messages: Any, where: str) -> tuple[list[Mapping[str, Any]], list[b
     """Return the messages without their weights, and which are trained."""
     if not isinstance(messages, list) or not messages:
         raise ParameterError(f"{where}: a list of messages is needed")
-    plain, trained = [], []
+    plain: list[Mapping[str, Any]] = []
+    trained: list[bool] = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ParameterError(f"{where}[{index}]: a message is an object, not {type(message).__name__}")
