@@ -102,6 +102,7 @@ class Trainer:
         optimizer = make_optimizer(parameters, self.config)
         schedule = self._schedule()
         step = self._go_on(parameters, optimizer) if resume else 0
+        _cut_metrics(self.output / METRICS_FILE, step)
         loss = None
         with gradient_checkpointing(network, enabled=self.config.gradient_checkpointing), _CtrlC() as stop:
             while step < self.plan.total_steps and not stop.wanted:
@@ -157,9 +158,7 @@ class Trainer:
         if self.checkpoint is None or self.before is None:
             return 0
         restore(self.checkpoint, parameters, optimizer)
-        step = min(self.before.step, self.plan.total_steps)
-        _cut_metrics(self.output / METRICS_FILE, step)
-        return step
+        return min(self.before.step, self.plan.total_steps)
 
     # -- a step
 
