@@ -64,7 +64,8 @@ def test_a_training_from_a_file_and_flags(model: Path, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 3, ["q_proj"])
     assert config["base_model_name_or_path"] == str(model)
     assert not (tmp_path / "other").exists()
-    rates = [json.loads(line)["learning_rate"] for line in (out / "metrics.jsonl").open()]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
     assert rates == pytest.approx([5e-3, 2.5e-3])
     again = invoke("train", file, "--output", out, "--lora-alpha", "3")
     assert isinstance(again.exception, ParameterError) and "holds a training" in str(again.exception)

@@ -61,9 +61,8 @@ def preview(
         typer.echo(f"{example.place}: {len(example.ids)} tokens, {example.num_trained} trained")
         typer.echo("".join(_pieces(example, tokenizer, in_color=in_color)) + "\n", color=in_color)
     tokens, trained = (sum(counts) for counts in zip(*map(_counts, examples), strict=True))
-    typer.echo(
-        f"{len(examples)} of {len(records)} rows: {tokens} tokens, {trained} trained ({100 * trained / tokens:.1f}%)"
-    )
+    share = 100 * trained / tokens
+    typer.echo(f"{len(examples)} of {len(records)} rows: {tokens} tokens, {trained} trained ({share:.1f}%)")
 
 
 def _counts(example: Example) -> tuple[int, int]:

@@ -26,9 +26,7 @@ def train(
         Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .json file of settings.")
     ] = None,
     model: Annotated[str | None, _option("The model to begin with.", "MODEL")] = None,
-    data: Annotated[
-        list[str] | None, _option("A .jsonl, .json or .csv file; may be repeated.", "FILE")
-    ] = None,
+    data: Annotated[list[str] | None, _option("A .jsonl, .json or .csv file; repeatable.", "FILE")] = None,
     output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
     method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -45,14 +43,12 @@ def train(
     lora_alpha: Annotated[float | None, _option("Alpha of the adapter [32].")] = None,
     lora_dropout: Annotated[float | None, _option("Dropout before the adapter [0].", "P")] = None,
     lora_target_modules: Annotated[
-        list[str] | None, _option("Modules that get one [all-linear]; may be repeated.", "NAME")
+        list[str] | None, _option("Modules that get one [all-linear]; repeatable.", "NAME")
     ] = None,
     data_format: Annotated[
         str | None, _option("messages, prompt-completion, text, alpaca or sharegpt [seen from keys].", "KIND")
     ] = None,
-    chat_format: Annotated[
-        str | None, _option("A built-in chat format [the model's template].", "NAME")
-    ] = None,
+    chat_format: Annotated[str | None, _option("A built-in chat format [the model's own].", "NAME")] = None,
     max_length: Annotated[int | None, _option("Most tokens of a row, and of a pack of rows [1024].")] = None,
     overlong: Annotated[
         str | None, _option("Of longer rows: truncate (default), drop, split or error.", "WHAT")
@@ -79,7 +75,7 @@ def train(
     max_grad_norm: Annotated[float | None, _option("Clip gradients to this norm [1]; 0: do not.")] = None,
     seed: Annotated[int | None, _option("Seed of adapters, order and dropout [42].")] = None,
     dtype: Annotated[
-        str | None, _option("float32 or bfloat16 [full: float32; else the model's].", "TYPE")
+        str | None, _option("float32, bfloat16 [full: float32; else the model's].", "TYPE")
     ] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, ... [the first accelerator].", "NAME")] = None,
     save_steps: Annotated[int | None, _option("Steps between checkpoints [500]; 0: one at the end.")] = None,
@@ -90,7 +86,8 @@ def train(
     Options override what CONFIG says. The output is an adapter in PEFT's files or, for method full, a Hugging
     Face folder; metrics.jsonl there has a line for each step. Ctrl-C saves and ends; --resume goes on.
     """
-    given = {name: value for name, value in context.params.items() if value is not None and name not in _OWN}
+    options = context.params.items()
+    given = {name: value for name, value in options if name not in _OWN and value not in (None, (), [])}
     settings = _settings(config, given)
     from puna.train.trainer import Trainer
 
