@@ -151,16 +151,15 @@ def _layer_values(network: Llama, config: TrainConfig, dtype: torch.dtype) -> in
     model, size = network.config, dtype.itemsize
     hidden, width = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    norms = 2 * (hidden * 4 + hidden * size * (2 if dtype != torch.float32 else 1) + 4)
-    attention = size * (3 * q + 4 * kv) + 4 * (q + kv) + 4 * model.num_attention_heads
-    mlp = 4 * width * size
-    if model.is_llama4:
-        mlp += 4 * width * size * model.num_experts_per_tok + model.num_local_experts * 4
-        mlp = max(mlp, 4 * model.intermediate_size_mlp * size)
-    adapters = 0
-    if config.method != "full" and dtype != torch.float32:  # inputs and results of adapters are float32
-        adapters = 4 * (4 * hidden + q + width) + 4 * (2 * q + 2 * kv + 2 * width + 2 * hidden)
-    return norms + attention + mlp + adapters
+    if model.is_llama4:  # a shared expert and the chosen ones, or a wide MLP
+        width = max(width * (1 + model.num_experts_per_tok), model.intermediate_size_mlp)
+    scores = 4 * model.num_attention_heads
+    if config.method == "full" or dtype == torch.float32:
+        norms = 2 * hidden * (4 + size * (2 if dtype != torch.float32 else 1))
+        return norms + size * (3 * q + 4 * kv) + 4 * (q + kv) + scores + 4 * width * size
+    # Frozen weights need no inputs kept, but each adapter keeps its own in float32.
+    adapters = 4 * (5 * hidden + q + width) + 4 * 7 * config.lora.r
+    return 2 * hidden * 4 + size * (2 * q + 2 * kv) + scores + 3 * width * size + adapters
 
 
 def free_on(device: torch.device) -> int:
