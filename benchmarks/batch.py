@@ -245,6 +245,7 @@ def environment(name: str, threads: int, cache: Path) -> dict[str, str]:
     if name == "vllm":
         cores = "0" if threads == 1 else f"0-{threads - 1}"
         values |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2"}
+        values["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "7200"  # a step may take longer than its 300
         return {**values, "VLLM_CACHE_ROOT": str(cache)}
     return {**values, "OMP_NUM_THREADS": str(threads)}
 

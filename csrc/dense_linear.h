@@ -31,9 +31,6 @@ struct DenseGroups {
   int64_t first(int64_t group) const { return group * size + (group < larger ? group : larger); }
 };
 
-// How far apart the tokens lie where few of them lie one after the other.
-inline int64_t dot_stride(int64_t columns) { return (columns + 15) / 16 * 16; }
-
 // Where the values of the group whose first token is `first` begin, for the panel of columns from `from` on:
 // panel by panel, in each group by group, in each column by column.
 inline int64_t group_at(const DenseInput& x, int64_t from, int64_t first) {
@@ -51,7 +48,7 @@ inline void dense_pack(const void* x, Dtype type, int64_t stride, int64_t begin,
         const int64_t left = out.columns - column;
         const Simd::F f = load_some(x, type, t * stride + column, left);
         if (out.tokens <= kDotTokens) {
-          Simd::store_f(out.values + t * dot_stride(out.columns) + column, f);
+          Simd::store_f(out.values + t * up_to_16(out.columns) + column, f);
           continue;
         }
         alignas(64) float values[16];
@@ -72,7 +69,7 @@ PUNA_INLINE Simd::F load_weight(const uint16_t* w) {
 // out[16 * token + row] for a few rows of the weight.
 template <Dtype type, int rows, int tokens>
 void dot_rows(const uint16_t* w, int64_t columns, const float* x, float* out) {
-  const int64_t x_stride = dot_stride(columns), whole = columns / 16 * 16;
+  const int64_t x_stride = up_to_16(columns), whole = columns / 16 * 16;
   Simd::F sums[rows * tokens];
   static_for<rows * tokens>([&](auto i) PUNA_INLINE_LAMBDA { sums[i] = Simd::zero_f(); });
   const auto add = [&](const uint16_t* at, int64_t stride, int64_t column) PUNA_INLINE_LAMBDA {

@@ -20,7 +20,7 @@ int64_t rows_at_a_time(int64_t rows) {
 
 void dense_linear(const void* x, Dtype type, int64_t tokens, int64_t columns, int64_t stride,
                   Dtype weight_type, const std::vector<DenseWeight>& weights,
-                  const std::vector<void*>& outs) {
+                  const std::vector<void*>& outs, int threads) {
   thread_local Workspace workspace;
   const KernelTable& table = kernels();
   const int64_t most = tokens < kDenseTokens ? tokens : kDenseTokens;
@@ -30,7 +30,7 @@ void dense_linear(const void* x, Dtype type, int64_t tokens, int64_t columns, in
   for (const DenseWeight& weight : weights) work += weight.rows * columns * tokens;
   const bool packed = tokens * columns <= kWorthPacking && tokens <= kDenseTokens;
   if (packed) table.dense_pack(x, type, stride, 0, tokens, {tokens, columns, values});
-#pragma omp parallel if (work >= kWorthThreads)
+#pragma omp parallel num_threads(threads) if (work >= kWorthThreads)
   for (int64_t first = 0; first < tokens; first += kDenseTokens) {
     const int64_t count = tokens - first < kDenseTokens ? tokens - first : kDenseTokens;
     const DenseInput input{count, columns, values};

@@ -15,6 +15,7 @@ struct DenseWeight {
 
 // outs[i] = x @ weights[i].T. x: (tokens, columns), rows `stride` apart; the outputs have the type of x.
 void dense_linear(const void* x, Dtype type, int64_t tokens, int64_t columns, int64_t stride,
-                  Dtype weight_type, const std::vector<DenseWeight>& weights, const std::vector<void*>& outs);
+                  Dtype weight_type, const std::vector<DenseWeight>& weights, const std::vector<void*>& outs,
+                  int threads);
 
 }  // namespace puna

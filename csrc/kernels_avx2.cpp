@@ -5,5 +5,5 @@
 #include "make_table.h"
 
 namespace puna {
-const KernelTable kAvx2Kernels = PUNA_ISA::make_table("avx2");
+constexpr KernelTable kAvx2Kernels = PUNA_ISA::make_table("avx2");
 }  // namespace puna

@@ -5,5 +5,5 @@
 #include "make_table.h"
 
 namespace puna {
-const KernelTable kAvx512Kernels = PUNA_ISA::make_table("avx512");
+constexpr KernelTable kAvx512Kernels = PUNA_ISA::make_table("avx512");
 }  // namespace puna

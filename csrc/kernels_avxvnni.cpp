@@ -6,5 +6,5 @@
 #include "make_table.h"
 
 namespace puna {
-const KernelTable kAvxVnniKernels = PUNA_ISA::make_table("avxvnni");
+constexpr KernelTable kAvxVnniKernels = PUNA_ISA::make_table("avxvnni");
 }  // namespace puna

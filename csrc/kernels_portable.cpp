@@ -5,5 +5,5 @@
 #include "make_table.h"
 
 namespace puna {
-const KernelTable kPortableKernels = PUNA_ISA::make_table("portable");
+constexpr KernelTable kPortableKernels = PUNA_ISA::make_table("portable");
 }  // namespace puna

@@ -3,9 +3,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include <stdexcept>
 #include <string>
@@ -15,6 +12,7 @@
 #include "dense_linear_driver.h"
 #include "paged_attention_driver.h"
 #include "quant_linear_driver.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace nb = nanobind;
@@ -43,8 +41,16 @@ Dtype require_dtype(int code) {
   return static_cast<Dtype>(code);
 }
 
-int64_t tile_bytes(int64_t rows, int64_t row_bytes) {
-  return (rows + kTileRows - 1) / kTileRows * kTileRows * row_bytes;
+int require_threads(int threads) {
+  require(threads >= 1 && threads <= kMostThreads, "threads is " + std::to_string(threads));
+  static bool warned = false;  // guarded by the GIL
+  if (threads > 1 && threads_are_lost() && !warned) {
+    warned = true;
+    if (PyErr_WarnEx(PyExc_RuntimeWarning,
+                     "this process was forked after the kernels were used: they run on one thread", 1) < 0)
+      throw nb::python_error();
+  }
+  return usable_threads(threads);
 }
 
 // A matrix of quantised weights in tiles. It keeps the memory that it was made over.
@@ -58,21 +64,25 @@ class QuantMatrix {
     require(columns % format.columns == 0,
             std::to_string(columns) + " columns are no whole number of blocks");
     row_bytes_ = columns / format.columns * format.bytes;
-    require(static_cast<int64_t>(tiles.size()) == tile_bytes(rows, row_bytes_),
-            "tiles of " + std::to_string(tile_bytes(rows, row_bytes_)) + " bytes are needed, got " +
-                std::to_string(tiles.size()));
+    const int64_t in_tiles = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t size = static_cast<int64_t>(tiles.size());  // not multiplied: a huge matrix would overflow
+    require(size % in_tiles == 0 && size / in_tiles == row_bytes_ && tiles.data() != nullptr,
+            "tiles of " + std::to_string(in_tiles) + " rows of " + std::to_string(row_bytes_) +
+                " bytes are needed, got " + std::to_string(size));
   }
 
   // Fill the tiles from rows of blocks as they lie in files.
-  void pack(Rows rows) {
+  void pack(Rows rows, int threads) {
+    threads = require_threads(threads);
     require(static_cast<int64_t>(rows.shape(0)) == rows_ && static_cast<int64_t>(rows.shape(1)) == row_bytes_,
             "the packed rows have another shape than the matrix");
     nb::gil_scoped_release released;
-    pack_tiles(rows.data(), rows_, row_bytes_, type_, tiles_.data());
+    pack_tiles(rows.data(), rows_, row_bytes_, type_, tiles_.data(), threads);
   }
 
   // Write the rows with these numbers to out, as they lie in files.
-  void unpack(Indices numbers, RowsOut out) const {
+  void unpack(Indices numbers, RowsOut out, int threads) const {
+    threads = require_threads(threads);
     require(out.shape(0) == numbers.shape(0) && static_cast<int64_t>(out.shape(1)) == row_bytes_,
             "the output has another shape than the rows");
     const int64_t count = static_cast<int64_t>(numbers.shape(0));
@@ -80,7 +90,7 @@ class QuantMatrix {
       require(numbers.data()[i] >= 0 && numbers.data()[i] < rows_,
               "no row " + std::to_string(numbers.data()[i]));
     nb::gil_scoped_release released;
-#pragma omp parallel for schedule(static) if (count > 16)
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 16)
     for (int64_t i = 0; i < count; ++i)
       unpack_row(tiles_.data(), numbers.data()[i], row_bytes_, type_, out.data() + i * row_bytes_);
   }
@@ -102,7 +112,8 @@ const void* require_address(uintptr_t address, int64_t alignment) {
 // for their dtype and layout; their sizes are checked here.
 void linear(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64_t stride,
             const std::vector<const QuantMatrix*>& matrices, const std::vector<uintptr_t>& outs,
-            const std::vector<int64_t>& out_sizes) {
+            const std::vector<int64_t>& out_sizes, int threads) {
+  threads = require_threads(threads);
   const Dtype type = require_dtype(dtype);
   require(tokens >= 0 && tokens <= (int64_t{1} << 24), "too many tokens");
   require(stride >= columns, "rows overlap");
@@ -122,13 +133,14 @@ void linear(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64_t str
   }
   const void* input = require_address(x, dtype_bytes(type));
   nb::gil_scoped_release released;
-  quant_linear(input, type, tokens, stride, weights, addresses);
+  quant_linear(input, type, tokens, stride, weights, addresses, threads);
 }
 
 // As `linear`, with weights of 16-bit floats: (rows, columns) without gaps, all of the type `weight_dtype`.
 void linear_dense(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64_t stride, int weight_dtype,
                   const std::vector<uintptr_t>& weights, const std::vector<int64_t>& weight_sizes,
-                  const std::vector<uintptr_t>& outs, const std::vector<int64_t>& out_sizes) {
+                  const std::vector<uintptr_t>& outs, const std::vector<int64_t>& out_sizes, int threads) {
+  threads = require_threads(threads);
   const Dtype type = require_dtype(dtype), weight_type = require_dtype(weight_dtype);
   require(weight_type != Dtype::f32, "no kernel for float32 weights");
   require(tokens >= 0 && tokens <= (int64_t{1} << 24), "too many tokens");
@@ -150,7 +162,7 @@ void linear_dense(uintptr_t x, int dtype, int64_t tokens, int64_t columns, int64
   }
   const void* input = require_address(x, dtype_bytes(type));
   nb::gil_scoped_release released;
-  dense_linear(input, type, tokens, columns, stride, weight_type, matrices, addresses);
+  dense_linear(input, type, tokens, columns, stride, weight_type, matrices, addresses, threads);
 }
 
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -189,7 +201,8 @@ class PagedBatch {
   // (num_blocks, block_size, kv_heads, head_dim).
   void attend(uintptr_t q, int dtype, int64_t tokens, int64_t heads, int64_t head_dim, int64_t q_stride,
               uintptr_t keys, uintptr_t values, int cache_dtype, int64_t kv_heads, int64_t cache_size,
-              uintptr_t out, double scale, int64_t chunk_size) const {
+              uintptr_t out, double scale, int64_t chunk_size, int threads) const {
+    threads = require_threads(threads);
     const Dtype type = require_dtype(dtype);
     require(cache_dtype >= 0 && cache_dtype <= 3,
             "no kernel for cache dtype code " + std::to_string(cache_dtype));
@@ -219,7 +232,7 @@ class PagedBatch {
     job.head_dim = head_dim;
     job.scale = static_cast<float>(scale);
     nb::gil_scoped_release released;
-    paged_attention(job, sequences_, chunk_size);
+    paged_attention(job, sequences_, chunk_size, threads);
   }
 
  private:
@@ -233,14 +246,6 @@ std::vector<std::string> kernel_names() {
   return names;
 }
 
-int num_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
 }  // namespace
 }  // namespace puna
 
@@ -250,19 +255,20 @@ NB_MODULE(_cpu, m) {
   m.def(
       "chosen", [] { return std::string(kernels().name); }, "Return the name of the instruction set in use.");
   m.def("choose", &choose_kernels, "name"_a, "Use another instruction set from now on.");
-  m.def("num_threads", &num_threads, "Return how many threads a kernel uses.");
+  m.def("threads_are_lost", &threads_are_lost, "Say whether a fork left the threads of this one behind.");
+  // noconvert: a tensor of another dtype or layout would be copied, and what is written to the copy be lost.
   nb::class_<QuantMatrix>(m, "QuantMatrix")
-      .def(nb::init<Bytes, int, int64_t, int64_t>(), "tiles"_a, "type"_a, "rows"_a, "columns"_a)
-      .def("pack", &QuantMatrix::pack, "rows"_a)
-      .def("unpack", &QuantMatrix::unpack, "numbers"_a, "out"_a);
+      .def(nb::init<Bytes, int, int64_t, int64_t>(), "tiles"_a.noconvert(), "type"_a, "rows"_a, "columns"_a)
+      .def("pack", &QuantMatrix::pack, "rows"_a.noconvert(), "threads"_a)
+      .def("unpack", &QuantMatrix::unpack, "numbers"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
   m.def("linear", &linear, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a, "matrices"_a, "outs"_a,
-        "out_sizes"_a);
+        "out_sizes"_a, "threads"_a);
   m.def("dense_linear", &linear_dense, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a,
-        "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a);
+        "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a, "threads"_a);
   nb::class_<PagedBatch>(m, "PagedBatch")
-      .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a, "starts"_a, "counts"_a,
-           "num_blocks"_a, "block_size"_a)
+      .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a.noconvert(),
+           "starts"_a.noconvert(), "counts"_a.noconvert(), "num_blocks"_a, "block_size"_a)
       .def("attend", &PagedBatch::attend, "q"_a, "dtype"_a, "tokens"_a, "heads"_a, "head_dim"_a, "q_stride"_a,
            "keys"_a, "values"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
-           "chunk_size"_a);
+           "chunk_size"_a, "threads"_a);
 }

@@ -1,46 +1,18 @@
 #include "paged_attention_driver.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "cpu_features.h"
+#include "workspace.h"
 
 namespace puna {
 namespace {
 
 constexpr int64_t kWorthThreads = 1 << 17;  // multiplications below which starting threads costs more
-
-struct Freed {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// Memory that a calling thread keeps for its next call.
-float* workspace(int64_t floats) {
-  thread_local std::unique_ptr<float, Freed> kept;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    kept.reset();
-    size = 0;
-    kept.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(up_to_16(floats)) * 4)));
-    if (kept == nullptr) throw std::bad_alloc();
-    size = floats;
-  }
-  return kept.get();
-}
-
-int most_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 int this_thread() {
 #ifdef _OPENMP
@@ -66,12 +38,13 @@ struct Plan {
 };
 
 // How a sequence is cut depends on itself alone, so its result does not depend on its batch or the threads.
+// A split grows with its tokens, so that their partial results stay small beside the keys and values.
 void cut_keys(const PagedAttentionJob& job, const AttentionUnit& whole, bool few_tokens, Plan& plan) {
   const int64_t keys = whole.end - whole.begin;
   int64_t step = keys;
   if (few_tokens) {
     const int64_t even = (keys + kMostSplits - 1) / kMostSplits;
-    step = std::max(kSplitKeys, (even + kKeyBlock - 1) / kKeyBlock * kKeyBlock);
+    step = std::max(kSplitKeys * whole.count, (even + kKeyBlock - 1) / kKeyBlock * kKeyBlock);
   }
   const int64_t splits = (keys + step - 1) / step;
   plan.products += keys * whole.count * job.kv_heads * job.group * job.head_dim;
@@ -111,14 +84,17 @@ Plan make_plan(const PagedAttentionJob& job, const PagedSequences& sequences, in
 
 }  // namespace
 
-void paged_attention(const PagedAttentionJob& job, const PagedSequences& sequences, int64_t chunk_size) {
+void paged_attention(const PagedAttentionJob& job, const PagedSequences& sequences, int64_t chunk_size,
+                     int threads) {
+  thread_local Workspace workspace;
   const KernelTable& table = kernels();
   const Plan plan = make_plan(job, sequences, chunk_size);
   const int64_t work = up_to_16(job.work_floats());
   const int64_t tasks = static_cast<int64_t>(plan.units.size()) * job.kv_heads;
-  float* const memory = workspace(work * most_threads() + plan.partial_floats);
-  float* const partials = memory + work * most_threads();
-#pragma omp parallel if (tasks > 1 && plan.products >= kWorthThreads)
+  const int64_t floats = work * threads + plan.partial_floats;
+  float* const memory = reinterpret_cast<float*>(workspace.take(floats * static_cast<int64_t>(sizeof(float))));
+  float* const partials = memory + work * threads;
+#pragma omp parallel num_threads(threads) if (tasks > 1 && plan.products >= kWorthThreads)
   {
     float* const own = memory + work * this_thread();
     // The longest units come last in a sequence: begin with them.

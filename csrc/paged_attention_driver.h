@@ -16,6 +16,7 @@ struct PagedSequences {
 };
 
 // chunk_size: 0, or the position p sees only positions from p / chunk_size * chunk_size on.
-void paged_attention(const PagedAttentionJob& job, const PagedSequences& sequences, int64_t chunk_size);
+void paged_attention(const PagedAttentionJob& job, const PagedSequences& sequences, int64_t chunk_size,
+                     int threads);
 
 }  // namespace puna

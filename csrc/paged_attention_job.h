@@ -14,7 +14,7 @@ constexpr int64_t cache_bytes(CacheType t) {
 constexpr int64_t kKeyBlock = 64;     // keys that are scored together
 constexpr int64_t kQueryRows = 128;   // rows (token times head of a group) that share a block of keys
 constexpr int64_t kSplitTokens = 16;  // up to so many new tokens, the keys are split over the threads
-constexpr int64_t kSplitKeys = 256;   // the shortest split; the longest context has kMostSplits
+constexpr int64_t kSplitKeys = 256;   // the shortest split, per new token; a long context has kMostSplits
 constexpr int64_t kMostSplits = 64;
 
 constexpr int64_t up_to_16(int64_t n) { return (n + 15) / 16 * 16; }

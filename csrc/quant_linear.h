@@ -44,7 +44,8 @@ inline Group group_of(const Activations& x, int64_t first, int count) {
 inline float quantize_run(F first, F second, int8_t* out, int step, int32_t* sums) {
   const float largest = Simd::max_abs(Simd::max(Simd::max(first, Simd::sub(Simd::zero_f(), first)),
                                                 Simd::max(second, Simd::sub(Simd::zero_f(), second))));
-  const float not_finite = Simd::sum(Simd::mul(Simd::add(first, second), Simd::zero_f()));  // 0, or NaN
+  const F zero = Simd::zero_f();
+  const float not_finite = Simd::sum(Simd::mul_add(first, zero, Simd::mul(second, zero)));  // 0, or NaN
   const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
   const B halves[2] = {Simd::round_to_i8(Simd::mul(first, Simd::fill_f(inverse))),
                        Simd::round_to_i8(Simd::mul(second, Simd::fill_f(inverse)))};

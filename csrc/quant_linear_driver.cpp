@@ -1,5 +1,7 @@
 #include "quant_linear_driver.h"
 
+#include <algorithm>
+
 #include "cpu_features.h"
 #include "workspace.h"
 
@@ -7,7 +9,8 @@ namespace puna {
 namespace {
 
 constexpr int64_t kAlign = Workspace::kAlign;
-constexpr int64_t kWorthThreads = 1 << 16;  // multiplications below which starting threads costs more
+constexpr int64_t kWorthThreads = 1 << 16;     // multiplications below which starting threads costs more
+constexpr int64_t kWorthQuantizing = 1 << 14;  // values below which waiting for the other threads costs more
 
 template <class T>
 T* take(uint8_t*& at, int64_t count) {
@@ -38,29 +41,35 @@ int64_t tiles_at_a_time(int64_t tiles) {
   return step < 1 ? 1 : step > 16 ? 16 : step;
 }
 
+// Quantise the tokens [first, end), in the groups in which the kernels take them.
+void quantize(const KernelTable& table, const void* x, Dtype type, int64_t stride,
+              const Activations& activations, int64_t first, int64_t end) {
+  while (first < end) {
+    const int count = table.group_size(end - first);
+    table.quantize(x, type, stride, first, count, activations);
+    first += count;
+  }
+}
+
 }  // namespace
 
 void quant_linear(const void* x, Dtype type, int64_t tokens, int64_t stride,
-                  const std::vector<QuantWeight>& weights, const std::vector<void*>& outs) {
+                  const std::vector<QuantWeight>& weights, const std::vector<void*>& outs, int threads) {
   if (tokens == 0 || weights.empty()) return;
   const KernelTable& table = kernels();
   const int64_t columns = weights.front().columns;
   const Activations activations = make_activations(tokens, columns);
-  // All groups but those of a short rest have the first one's size.
-  const int64_t size = table.group_size(tokens), whole = tokens / size;
+  const bool quantized = tokens * columns <= kWorthQuantizing;
+  if (quantized) quantize(table, x, type, stride, activations, 0, tokens);
   int64_t work = 0;
   for (const QuantWeight& weight : weights) work += weight.rows * columns * tokens;
-#pragma omp parallel if (work >= kWorthThreads)
+  const int64_t step_tokens = table.group_size(tokens);
+#pragma omp parallel num_threads(threads) if (work >= kWorthThreads)
   {
+    if (!quantized) {
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group <= whole; ++group) {
-      int64_t first = group * size;
-      const int64_t end = group < whole ? first + size : tokens;
-      while (first < end) {
-        const int count = table.group_size(group < whole ? size : end - first);
-        table.quantize(x, type, stride, first, count, activations);
-        first += count;
-      }
+      for (int64_t first = 0; first < tokens; first += step_tokens)
+        quantize(table, x, type, stride, activations, first, std::min(first + step_tokens, tokens));
     }
     for (size_t i = 0; i < weights.size(); ++i) {
       const QuantWeight& weight = weights[i];

@@ -17,6 +17,6 @@ struct QuantWeight {
 // outs[i] = x @ weights[i].T for weights with the same columns. x: (tokens, columns), rows `stride` apart;
 // the outputs have the type of x.
 void quant_linear(const void* x, Dtype type, int64_t tokens, int64_t stride,
-                  const std::vector<QuantWeight>& weights, const std::vector<void*>& outs);
+                  const std::vector<QuantWeight>& weights, const std::vector<void*>& outs, int threads);
 
 }  // namespace puna

@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "avx_pieces.h"
-#include "transpose_avx2.h"
 
 namespace puna {
 namespace PUNA_ISA {

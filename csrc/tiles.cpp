@@ -62,10 +62,11 @@ void unpack_block(const BlockFormat& format, const uint8_t* tile, int row, uint8
 
 }  // namespace
 
-void pack_tiles(const uint8_t* rows, int64_t count, int64_t row_bytes, int type, uint8_t* tiles) {
+void pack_tiles(const uint8_t* rows, int64_t count, int64_t row_bytes, int type, uint8_t* tiles,
+                int threads) {
   const BlockFormat format = block_format(type);
   const int64_t blocks = row_bytes / format.bytes, num_tiles = (count + kTileRows - 1) / kTileRows;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     uint8_t* out = tiles + tile * kTileRows * row_bytes;
     const int64_t first = tile * kTileRows, present = count - first < kTileRows ? count - first : kTileRows;

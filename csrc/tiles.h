@@ -7,8 +7,8 @@
 
 namespace puna {
 
-// rows: (count, row_bytes); tiles: room for ceil(count / 16) tiles. Uses all threads.
-void pack_tiles(const uint8_t* rows, int64_t count, int64_t row_bytes, int type, uint8_t* tiles);
+// rows: (count, row_bytes); tiles: room for ceil(count / 16) tiles.
+void pack_tiles(const uint8_t* rows, int64_t count, int64_t row_bytes, int type, uint8_t* tiles, int threads);
 
 // Write row `row` of the tiles to `out`, row_bytes.
 void unpack_row(const uint8_t* tiles, int64_t row, int64_t row_bytes, int type, uint8_t* out);

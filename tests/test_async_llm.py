@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from puna import LLM, SamplingParams, StructuredOutputsParams
-from puna.async_llm import AsyncLLM, RequestAborted
+from puna import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from puna.async_llm import AsyncLLM, EngineDeadError, RequestAborted
 from puna.errors import ParameterError
 
 SHORT = SamplingParams(temperature=0.0, max_tokens=12)
@@ -116,3 +116,61 @@ def test_a_bad_grammar_is_refused_to_the_one_who_asked(engine: AsyncLLM) -> None
         assert engine.is_alive and await read(engine, "bad", "Lily said", YES) in ("yes", "no")
 
     asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA])
+def test_a_reader_that_falls_behind_gets_the_rest_in_one_output(
+    engine: AsyncLLM, kind: RequestOutputKind
+) -> None:
+    settings: dict[str, Any] = {"n": 2, "seed": 3, "max_tokens": 150, "ignore_eos": True, "logprobs": 0}
+
+    async def scene() -> None:
+        stream = engine.generate("late", "Lily", SamplingParams(**settings, output_kind=kind))
+        first = await anext(stream)
+        while engine.text_engine.has_unfinished:
+            await asyncio.sleep(0.005)
+        step_has_ended = threading.Event()
+        engine._commands.put(step_has_ended.set)
+        await asyncio.to_thread(step_has_ended.wait)
+        (rest,) = [output async for output in stream]
+        assert len(first.outputs[0].token_ids) < 150 and not first.finished and rest.finished
+        first.add(rest, aggregate=kind is RequestOutputKind.DELTA)
+        final = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
+        (whole,) = [output async for output in engine.generate("whole", "Lily", final)]
+        assert [o.text for o in first.outputs] == [o.text for o in whole.outputs]
+        assert first.outputs == whole.outputs and len(whole.outputs[1].logprobs or []) == 150
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_shutdown_ends_what_runs_and_gives_its_blocks_back(engine: AsyncLLM) -> None:
+    async def scene() -> None:
+        with pytest.raises(EngineDeadError, match="shut down"):
+            async for _ in engine.generate("a", "", SamplingParams(max_tokens=400, ignore_eos=True)):
+                engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    pool = engine.text_engine.engine.pool
+    assert pool.num_free == pool.num_blocks and not engine.text_engine.has_unfinished
+
+
+def test_a_request_that_comes_as_the_thread_looks_for_the_last_time_learns_of_the_end(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, thread = engine.text_engine.prepare, engine._thread
+
+    def late(*args: Any, **options: Any) -> Any:
+        engine.shutdown()  # it has emptied the queue, and is not gone yet
+        monkeypatch.setattr(engine, "_thread", threading.main_thread())
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(engine.text_engine, "prepare", late)
+
+    async def scene() -> None:
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await read(engine, "late", "a", SHORT)
+
+    try:
+        asyncio.run(asyncio.wait_for(scene(), 20))
+    finally:
+        monkeypatch.setattr(engine, "_thread", thread)

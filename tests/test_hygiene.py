@@ -38,6 +38,7 @@ DOORS = {
     "auto_encoding",
     "auto_generation",
     "auto_model",
+    "auto_saving",
     "auto_tokenizer",
     "cli",
     "llm",

@@ -271,7 +271,7 @@ def test_async_streams_grow_to_the_same_text_and_cancelling_frees(stories: Path,
 
     async def read_three() -> None:
         async for output in engine.generate("cut", "Once", GREEDY):
-            if len(output.outputs[0].token_ids) == 3:
+            if len(output.outputs[0].token_ids) >= 3:
                 break
 
     async def refused() -> None:

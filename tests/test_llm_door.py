@@ -16,17 +16,20 @@ from transformers import AutoTokenizer
 
 from puna import LLM, AsyncLLM, BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
 from puna.engine.llm_engine import EngineConfig, LLMEngine
+from puna.engine.request import Logprobs
 from puna.engine.sampling import RepetitionDetectionParams, StructuredOutputsParams
 from puna.errors import ParameterError, UnsupportedError
 from puna.llm_arguments import (
     check_quantization,
     check_structured_outputs,
+    make_proposer,
     pooling_of,
     refuse_unknown,
     sampling_defaults,
     speculative_of,
 )
-from puna.outputs import FlatLogprobs, Logprob, RequestOutput
+from puna.outputs import FlatLogprobs, Logprob, PositionLogprobs, RequestOutput, name_logprobs
+from puna.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,57 @@ def test_async_streams_have_the_kind_asked_for(llm: LLM, kind: RequestOutputKind
     whole = one(llm, "Lily", max_tokens=9).outputs[0]
     assert "".join(output.outputs[0].text for output in outputs) == whole.text
     assert [i for output in outputs for i in output.outputs[0].token_ids] == whole.token_ids
-    assert len(outputs) == (9 if kind is RequestOutputKind.DELTA else 1) and outputs[-1].finished
+    assert len(outputs) <= (9 if kind is RequestOutputKind.DELTA else 1) and outputs[-1].finished
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_position_is_named_once_however_often_it_is_shown(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: RequestOutputKind, flat: bool
+) -> None:
+    whole = one(llm, "Lily", logprobs=1, prompt_logprobs=0, flat_logprobs=flat, max_tokens=11)
+    named: list[Logprobs] = []
+
+    def counted(found: Logprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
+        named.append(found)
+        return name_logprobs(found, tokenizer)
+
+    monkeypatch.setattr("puna.outputs.name_logprobs", counted)
+    wish: dict[str, Any] = {"logprobs": 1, "prompt_logprobs": 0, "flat_logprobs": flat, "output_kind": kind}
+    shown = stream(llm, SamplingParams(temperature=0.0, max_tokens=11, **wish))
+    assert len(named) == 11 + len(whole.prompt_token_ids) - 1
+    wanted, step = list(whole.outputs[0].logprobs or []), kind is RequestOutputKind.DELTA
+    for place, output in enumerate(shown):
+        assert list(output.outputs[0].logprobs or []) == wanted[place if step else 0 : place + 1]
+    assert shown[-1].outputs[0].cumulative_logprob == whole.outputs[0].cumulative_logprob
+    assert list(shown[-1].prompt_logprobs or []) == list(whole.prompt_logprobs or [])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "prompts must be text"),
+        (5, "prompts must be text"),
+        ([None], "a prompt must be text, token ids or a dict of these, got None"),
+        ([["a", "b"]], "token id 'a' is outside the vocabulary"),
+        ({"prompt": 5}, "'prompt' must be text, got 5"),
+        ({"prompt_token_ids": "abc"}, "'prompt_token_ids' must be a list of ids, got 'abc'"),
+        ({"prompt_token_ids": 7}, "'prompt_token_ids' must be a list of ids, got 7"),
+        ({"prompt": "a", "cache_salt": 5}, "cache_salt must be text, got 5"),
+        ({}, "a prompt needs 'prompt' or 'prompt_token_ids'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        llm.generate(prompts, use_tqdm=False)
+    assert not llm.text_engine.has_unfinished
+
+
+@pytest.mark.parametrize("params", [5, {"temperature": 0.5}, [{"temperature": 0.5}], [None]], ids=str)
+def test_what_is_no_sampling_params_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(ParameterError, match="must be SamplingParams or a list of them"):
+        llm.generate("a", params, use_tqdm=False)
 
 
 def test_ids_that_only_pad_the_vocabulary_are_refused(llm: LLM) -> None:
@@ -192,6 +245,8 @@ def test_tokenization_can_be_changed(llm: LLM) -> None:
     assert ids(list(range(3, 503)) * 2, truncate_prompt_tokens=-1)[-1] == 502
     with pytest.raises(ParameterError, match="truncate_prompt_tokens must be -1 or 1 to 511, got 0"):
         ids("a", truncate_prompt_tokens=0)
+    with pytest.raises(ParameterError, match="add_special_tokens must be True or False, got 'no'"):
+        ids("a", add_special_tokens="no")
     with pytest.raises(UnsupportedError, match="'padding'"):
         ids("a", padding=True)
 
@@ -211,6 +266,8 @@ def test_chat_shows_the_rendered_prompt_and_takes_its_arguments_by_place(llm: LL
     assert made == [{"total": 1, "desc": "Generate", "unit": "req"}]
     with pytest.raises(UnsupportedError, match="chat_template_content_format='string'"):
         llm.chat(messages, chat_template_content_format="string")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="add_special_tokens"):
+        llm.chat(messages, chat_template="a", tokenization_kwargs={"add_special_tokens": True})
     with pytest.raises(UnsupportedError, match="lora_request"):
         llm.chat(messages, params, True, "adapter", chat_template="a")  # type: ignore[arg-type]
 
@@ -324,6 +381,16 @@ def test_arguments_that_are_refused(stories: Path) -> None:
         sampling_defaults(stories / "hf", "nowhere", None)
     with pytest.raises(ParameterError, match="not both"):
         speculative_of({"method": "ngram"}, "ngram", None, 3)
+    model: Any = None  # these are found before a model is needed
+    for config, message in (
+        ({"method": "ngram"}, "needs num_speculative_tokens"),
+        ({"num_speculative_tokens": "3"}, "num_speculative_tokens must be an integer, got '3'"),
+        ({"num_speculative_tokens": 3, "prompt_lookup_max": "5"}, "prompt_lookup_max must be an integer"),
+        ({"num_speculative_tokens": 3, "prompt_lookup_min": 0}, "prompt_lookup_min must be at least 1"),
+        ({"num_speculative_tokens": 3, "method": "draft_model"}, "needs a model"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            make_proposer(config, model, "cpu")
     with pytest.raises(UnsupportedError, match="'gguf'"):
         check_quantization("gguf", stories / "hf")
     with pytest.raises(UnsupportedError, match="'xgrammar'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,18 @@ def test_whatever_the_model_writes_satisfies_the_schema(
     for schema, output in zip(some, outputs, strict=True):
         (answer,) = output.outputs
         assert answer.finish_reason == "stop" and fits(json.loads(answer.text), schema), answer.text
+
+
+def test_white_space_between_the_tokens_of_json_is_bounded(llm: LLM) -> None:
+    newline = llm.get_tokenizer().token_to_id("<0x0A>")
+    assert newline is not None
+    params = SamplingParams(
+        max_tokens=100,
+        temperature=0.0,
+        logit_bias={newline: 100.0},
+        structured_outputs=StructuredOutputsParams(
+            json={"type": "array", "items": {"const": 1}, "minItems": 3}
+        ),
+    )
+    text = llm.generate([[1]], params, use_tqdm=False)[0].outputs[0].text
+    assert re.match(r"\[\n {0,40}1\n {0,40},", text) and "\n\n" not in text, text

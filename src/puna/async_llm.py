@@ -13,9 +13,9 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from puna.engine.sampling import SamplingParams
+from puna.engine.sampling import RequestOutputKind, SamplingParams
 from puna.errors import ParameterError
 from puna.outputs import RequestOutput
 from puna.text_engine import PreparedRequest, TextEngine
@@ -33,17 +33,44 @@ class RequestAborted(RuntimeError):
 
 @dataclass
 class _Stream:
-    """Where the outputs of one request go, from the engine's thread into its event loop."""
+    """Where the outputs of one request go, from the engine's thread into its event loop.
+
+    A reader that is slower than the engine finds what it missed in one output: nothing piles up.
+    """
 
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[RequestOutput | BaseException]
+    joins: bool  # outputs hold what is new, so later ones are added to earlier ones
     aborted: bool = False  # before it was added
+    _output: RequestOutput | None = None
+    _error: BaseException | None = None
+    _filled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, item: RequestOutput | BaseException) -> None:
+        """Hand on an output, or the error that ends the request, from any thread."""
         try:
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+            self.loop.call_soon_threadsafe(self._take, item)
         except RuntimeError:  # the loop is closed: nobody listens any more
             logger.debug("an output came after its event loop had closed")
+
+    async def get(self) -> RequestOutput:
+        """Wait for an output and return it; raise the error once there is none before it."""
+        await self._filled.wait()
+        output, self._output = self._output, None
+        if output is None:
+            assert self._error is not None, "filled with nothing"
+            raise self._error
+        if self._error is None:
+            self._filled.clear()
+        return output
+
+    def _take(self, item: RequestOutput | BaseException) -> None:
+        if isinstance(item, BaseException):
+            self._error = item
+        elif self._output is None:
+            self._output = item
+        else:
+            self._output.add(item, self.joins)
+        self._filled.set()
 
 
 class AsyncLLM:
@@ -74,30 +101,28 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request as it grows, last when it has finished.
 
+        What came between two reads comes as one output.
         Raises ParameterError where `LLMEngine.add` does, EngineDeadError when the engine has died.
         """
         if not self.is_alive:
             raise EngineDeadError(f"the engine has ended: {self._error}")
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        if request_id in self._preparing:
+        joins = params.output_kind is RequestOutputKind.DELTA
+        stream = _Stream(asyncio.get_running_loop(), joins)
+        if self._preparing.setdefault(request_id, stream) is not stream:
             raise ParameterError(f"a request {request_id!r} is running already")
-        self._preparing[request_id] = stream
         try:
             request = await asyncio.to_thread(self.text_engine.prepare, prompt, params)
             self._commands.put(lambda: self._add(request_id, stream, request, priority, salt))
         finally:
             del self._preparing[request_id]
-        if not self._thread.is_alive():
+        if self._error is not None:  # the thread may have looked for the last time
             self._drain()
         finished = False
         try:
             while not finished:
-                item = await stream.items.get()
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finished
-                yield item
+                output = await stream.get()
+                finished = output.finished
+                yield output
         finally:
             if not finished:
                 self._commands.put(lambda: self._drop(request_id, stream))
@@ -126,6 +151,8 @@ class AsyncLLM:
 
     def _drop(self, request_id: str, stream: _Stream | None) -> None:
         """Abort a request, if `stream` is still the one that reads it, and wake the reader."""
+        if self._error is not None:
+            return  # all have ended
         if stream is None or self._streams.get(request_id) is not stream:
             return
         del self._streams[request_id]
@@ -133,7 +160,7 @@ class AsyncLLM:
         stream.put(RequestAborted(f"request {request_id!r} was aborted"))
 
     def shutdown(self) -> None:
-        """End the thread after the step it is in; running requests get EngineDeadError."""
+        """End the thread after the step it is in; running requests get EngineDeadError, blocks come back."""
         self._commands.put(None)
         self._thread.join()
 
@@ -142,6 +169,8 @@ class AsyncLLM:
             while self._take_commands():
                 if self.text_engine.has_unfinished:
                     self._step()
+            for request_id in self._streams:
+                self.text_engine.abort(request_id)
             self._fail(EngineDeadError("the engine was shut down"))
         except BaseException as error:
             logger.exception("the engine died")

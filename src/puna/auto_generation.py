@@ -385,6 +385,8 @@ def _check_batch(rows: int, plan: Plan, tokenizer: Any, streamer: Streamer | Non
         raise ParameterError("stop_strings need Puna's tokenizer: generate(..., tokenizer=tokenizer)")
     if plan.stop_strings and rows > 1 and plan.pad_token_id is None:
         raise ParameterError("stop_strings in a batch need pad_token_id: rows end at different lengths")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ParameterError(f"a streamer has the methods put and end; {streamer!r} has not")
     if streamer is not None and rows > 1:
         raise UnsupportedError(f"a streamer takes one sequence, not {rows}")
 

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from puna.auto_arguments import WithoutEffect, refuse
 from puna.auto_generation import GenerationConfig, Streamer, eos_ids, make_plan, resolve, run
+from puna.auto_saving import save_model
 from puna.errors import ParameterError, UnsupportedError
 from puna.model import Llama, LlamaConfig, PackedAttention
 from puna.weights.quant import num_packed
@@ -130,6 +132,13 @@ class CausalLM:
             eos_token_id=list(config.eos_token_ids) or None,
             pad_token_id=config.pad_token_id,
         )
+
+    def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
+        """Write a Hugging Face folder, which must be new, or empty but for a tokenizer's files.
+
+        Raises UnsupportedError for quantised weights, and for a model that came from another format.
+        """
+        save_model(self.llama, self.name_or_path, save_directory, options)
 
     # -- the network, as torch knows it
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 from puna.auto_arguments import WithoutEffect, refuse
@@ -23,6 +24,7 @@ from puna.auto_encoding import (
     to_list,
     to_tensor,
 )
+from puna.auto_saving import save_tokenizer
 from puna.errors import ParameterError, UnsupportedError
 from puna.text.chat import encode_chat, render_chat_text
 from puna.text.tokenizer import Tokenizer
@@ -76,6 +78,19 @@ class PretrainedTokenizer:
 
     def __repr__(self) -> str:
         return f"PretrainedTokenizer({self.name_or_path!r}, {len(self)} tokens, {self.special_tokens_map})"
+
+    def save_pretrained(self, save_directory: Path | str, **options: Any) -> tuple[str, ...]:
+        """Copy the tokenizer's files into a folder, made if absent; return where they are.
+
+        A template and a padding token set since are written too. Raises UnsupportedError for a tokenizer that
+        came from another format.
+        """
+        changes: dict[str, str | None] = {}
+        if self.chat_template != self.tokenizer.chat_template:
+            changes["chat_template"] = self.chat_template
+        if self._pad_token_id != self.tokenizer.pad_token_id:
+            changes["pad_token"] = self.pad_token
+        return save_tokenizer(self.name_or_path, save_directory, changes, options)
 
     # -- names and ids
 

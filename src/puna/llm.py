@@ -179,11 +179,19 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, rendered by the model's chat template."""
+        """Answer one conversation or several, rendered by the model's chat template.
+
+        The template makes the special tokens, so of `tokenization_kwargs` there is `truncate_prompt_tokens`.
+        """
         if chat_template_content_format != "auto":
             raise UnsupportedError(
                 f"chat_template_content_format={chat_template_content_format!r}: only 'auto'"
             )
+        for name in tokenization_kwargs or {}:
+            if name != "truncate_prompt_tokens":
+                raise UnsupportedError(f"chat has no tokenization_kwargs {name!r}: the template says it all")
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise ParameterError(f"messages must be a list of messages, or of such lists, not {messages!r}")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -221,6 +229,8 @@ class LLM:
         One prompt is searched at a time, which is within every `concurrency_limit`.
         """
         _refuse(lora_request=lora_request, priority=priority)
+        if not isinstance(params, BeamSearchParams):
+            raise ParameterError(f"beam_search takes BeamSearchParams, not {type(params).__name__}")
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ParameterError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
         outputs: list[BeamSearchOutput] = []
@@ -354,11 +364,15 @@ class LLM:
     def _params_for(self, params: ManyParams, count: int) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
+        listed = list(params) if isinstance(params, Sequence) else [params]
+        for one in listed:
+            if not isinstance(one, SamplingParams):
+                raise ParameterError(f"sampling_params must be SamplingParams or a list of them, got {one!r}")
         if isinstance(params, SamplingParams):
-            return [params] * count
-        if len(params) != count:
-            raise ParameterError(f"{len(params)} sampling params do not fit {count} prompts")
-        return list(params)
+            return listed * count
+        if len(listed) != count:
+            raise ParameterError(f"{len(listed)} sampling params do not fit {count} prompts")
+        return listed
 
     def _pool(
         self, listed: list[list[int]], pooling: Pooling, normalize: bool, use_tqdm: UseTqdm

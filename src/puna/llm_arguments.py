@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from puna.engine.pooling import Pooling
+from puna.engine.sampling import check_integer
 from puna.engine.speculative import DraftModelProposer, NgramProposer, Proposer
 from puna.errors import ParameterError, UnsupportedError
 from puna.gguf_header import list_ggufs
@@ -148,18 +149,25 @@ def make_proposer(config: Mapping[str, Any] | None, model: Llama, device: str) -
     """Make what speculates, from vLLM's `speculative_config`."""
     if config is None:
         return None
+    if not isinstance(config, Mapping):
+        raise ParameterError(f"speculative_config must be a dict, not {config!r}")
     values = dict(config)
     count = values.pop("num_speculative_tokens", None)
-    if not isinstance(count, int):
+    if count is None:
         raise ParameterError("speculative_config needs num_speculative_tokens")
+    check_integer("num_speculative_tokens", count, 1)
     method = values.pop("method", "draft_model" if "model" in values else "ngram")
     if method == "ngram":
         longest = values.pop("prompt_lookup_max", None)
         shortest = values.pop("prompt_lookup_min", None)
+        check_integer("prompt_lookup_max", longest, 1, optional=True)
+        check_integer("prompt_lookup_min", shortest, 1, optional=True)
         lookup_max = longest or shortest or 5
         made: Proposer = NgramProposer(count, lookup_min=shortest or lookup_max, lookup_max=lookup_max)
     elif method == "draft_model":
-        draft = load_model(find_model(values.pop("model", None)), dtype="auto", device=device)
+        if values.get("model") is None:
+            raise ParameterError("speculative_config with method 'draft_model' needs a model")
+        draft = load_model(find_model(str(values.pop("model"))), dtype="auto", device=device)
         made = DraftModelProposer(draft, count, vocab_size=model.config.vocab_size)
     else:
         raise UnsupportedError(f"speculative method {method!r}: 'ngram' and 'draft_model' are there")

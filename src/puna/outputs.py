@@ -70,7 +70,7 @@ class FlatLogprobs(SequenceOf[PositionLogprobs]):
 
     def __getitem__(self, index: int | slice) -> PositionLogprobs | FlatLogprobs:
         if isinstance(index, slice):
-            return FlatLogprobs(self[place] for place in range(*index.indices(len(self))))
+            return self._cut(range(*index.indices(len(self))))
         return {
             self.token_ids[i]: Logprob(self.logprobs[i], self.ranks[i], self.decoded_tokens[i])
             for i in range(self.start_indices[index], self.end_indices[index])
@@ -78,6 +78,18 @@ class FlatLogprobs(SequenceOf[PositionLogprobs]):
 
     def __iter__(self) -> Iterator[PositionLogprobs]:
         return (self[place] for place in range(len(self)))
+
+    def _cut(self, places: range) -> FlatLogprobs:
+        cut = FlatLogprobs()
+        for place in places:
+            entries = slice(self.start_indices[place], self.end_indices[place])
+            cut.start_indices.append(len(cut.token_ids))
+            cut.token_ids += self.token_ids[entries]
+            cut.logprobs += self.logprobs[entries]
+            cut.ranks += self.ranks[entries]
+            cut.decoded_tokens += self.decoded_tokens[entries]
+            cut.end_indices.append(len(cut.token_ids))
+        return cut
 
 
 SampleLogprobs = list[PositionLogprobs] | FlatLogprobs
@@ -265,6 +277,8 @@ class TextSequence:
         self.num_sent_tokens = 0  # in outputs so far
         self.num_sent_chars = 0
         self.end_sent = False
+        self.cumulative_logprob = 0.0  # of what `logprobs_from` has named
+        self._named: SampleLogprobs = FlatLogprobs() if params.flat_logprobs else []
         self._tokenizer = tokenizer
         self._seen = 0
         skip = params.skip_special_tokens
@@ -284,6 +298,14 @@ class TextSequence:
         """Note that an output holds all that there is."""
         self.num_sent_tokens, self.num_sent_chars = self.sequence.num_output, len(self.text)
         self.end_sent = self.sequence.finish_reason is not None
+
+    def logprobs_from(self, first: int) -> SampleLogprobs:
+        """Return a copy of the named log-probabilities from place `first` on; each is named but once."""
+        tokenizer = self._tokenizer if self.sequence.params.detokenize else None
+        for found in self.sequence.logprobs[len(self._named) : self.sequence.num_output]:
+            self._named.append(name_logprobs(found, tokenizer))
+            self.cumulative_logprob += found.values[0]
+        return self._named[first:]
 
     def update(self) -> str | None:
         """Take in the new ids; return the stop string that was found, after which the text ends."""
@@ -330,6 +352,7 @@ class RequestOutputs:
         self.params = params
         self._tokenizer = tokenizer
         self._arrival_time = time.time()
+        self._named_prompt: PromptLogprobs | None = None
         self.sequences: dict[int, TextSequence] = {}
 
     def text_of(self, sequence: Sequence) -> TextSequence:
@@ -378,29 +401,25 @@ class RequestOutputs:
     def _prompt_logprobs(self, first: Sequence) -> PromptLogprobs | None:
         if first.params.prompt_logprobs is None:
             return None
-        named = [None, *(self._named(found) for found in first.prompt_logprobs)]
-        return FlatLogprobs(named) if self.params.flat_logprobs else named
+        if self._named_prompt is None:  # all are there before the first token is drawn
+            tokenizer = self._tokenizer if self.params.detokenize else None
+            named = [None, *(name_logprobs(found, tokenizer) for found in first.prompt_logprobs)]
+            self._named_prompt = FlatLogprobs(named) if self.params.flat_logprobs else named
+        return self._named_prompt
 
     def _completion(self, text: TextSequence, *, is_delta: bool) -> CompletionOutput:
         sequence = text.sequence
-        wants_logprobs = sequence.params.wants_logprobs
-        kept = sequence.logprobs[: sequence.num_output]
         tokens, chars = (text.num_sent_tokens, text.num_sent_chars) if is_delta else (0, 0)
-        named: SampleLogprobs = [self._named(found) for found in kept[tokens:]]
-        if self.params.flat_logprobs:
-            named = FlatLogprobs(named)
+        logprobs = text.logprobs_from(tokens) if sequence.params.wants_logprobs else None
         return CompletionOutput(
             index=sequence.index,
             text=text.text[chars:],
             token_ids=sequence.output_ids[tokens:],
-            cumulative_logprob=sum(found.values[0] for found in kept) if wants_logprobs else None,
-            logprobs=named if wants_logprobs else None,
+            cumulative_logprob=None if logprobs is None else text.cumulative_logprob,
+            logprobs=logprobs,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
-
-    def _named(self, found: Logprobs) -> PositionLogprobs:
-        return name_logprobs(found, self._tokenizer if self.params.detokenize else None)
 
     def _stats(self, sequences: SequenceOf[Sequence]) -> RequestStateStats:
         times = sequences[0].times

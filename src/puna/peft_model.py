@@ -368,6 +368,8 @@ def get_peft_model(
     model: Any, peft_config: LoraConfig, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
 ) -> PeftModel:
     """Put a new adapter into `model`, which is changed, and return it with the adapter active."""
+    if not isinstance(peft_config, LoraConfig):
+        raise ParameterError(f"get_peft_model takes a LoraConfig, not {type(peft_config).__name__}")
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 

@@ -5,7 +5,8 @@ Also `tokenization_kwargs`: how text becomes ids where the default is not wanted
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypedDict
 
 from puna.errors import ParameterError, UnsupportedError
@@ -35,9 +36,10 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return a list of prompts; a list of integers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, Iterable):
+        raise ParameterError(f"prompts must be text, token ids, a dict, or a list of these, got {prompts!r}")
+    listed: list[Any] = list(prompts)
+    return [listed] if listed and isinstance(listed[0], int | Integral) else listed
 
 
 def read_prompt(
@@ -55,6 +57,9 @@ def read_prompt(
     if unknown:
         raise UnsupportedError(f"tokenization_kwargs has no key {sorted(unknown)[0]!r}")
     chosen.update(options or {})
+    for name in ("add_special_tokens", "split_special_tokens"):
+        if not isinstance(chosen[name], bool):
+            raise ParameterError(f"{name} must be True or False, got {chosen[name]!r}")
     if ids is None:
         ids = engine.encode(
             text or "",
@@ -67,7 +72,9 @@ def read_prompt(
 def cache_salt(prompt: Prompt) -> bytes:
     """Return what keeps a prompt's cached blocks apart."""
     salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-    return str(salt or "").encode()
+    if salt is not None and not isinstance(salt, str):
+        raise ParameterError(f"cache_salt must be text, got {salt!r}")
+    return (salt or "").encode()
 
 
 def _truncated(ids: list[int], limit: int | None, longest: int) -> list[int]:
@@ -78,10 +85,12 @@ def _truncated(ids: list[int], limit: int | None, longest: int) -> list[int]:
     return ids[-(longest if limit == -1 else limit) :]
 
 
-def _content(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
+def _content(prompt: Prompt) -> tuple[str | None, Iterable[int] | None]:
     if isinstance(prompt, str):
         return prompt, None
     if not isinstance(prompt, Mapping):
+        if not isinstance(prompt, Iterable):
+            raise ParameterError(f"a prompt must be text, token ids or a dict of these, got {prompt!r}")
         return None, prompt
     unknown = {key for key in prompt if prompt[key] is not None}
     unknown -= {"prompt", "prompt_token_ids", "cache_salt"}
@@ -90,4 +99,10 @@ def _content(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is None and ids is None:
         raise ParameterError("a prompt needs 'prompt' or 'prompt_token_ids'")
+    if text is not None and not isinstance(text, str):
+        raise ParameterError(f"'prompt' must be text, got {text!r}")
+    if ids is not None and (isinstance(ids, str) or not isinstance(ids, Iterable)):
+        raise ParameterError(f"'prompt_token_ids' must be a list of ids, got {ids!r}")
+    if isinstance(ids, Sequence) and any(isinstance(one, bool) for one in ids):
+        raise ParameterError("'prompt_token_ids' must be a list of ids, not of booleans")
     return text, ids

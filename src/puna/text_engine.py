@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.sampling import SamplingParams, StructuredOutputsParams
 from puna.engine.speculative import Proposer
+from puna.errors import ParameterError
 from puna.model.llama import Llama
 from puna.outputs import RequestOutputs
 from puna.text.grammar import GrammarCompiler, TokenGrammar
@@ -76,6 +77,8 @@ class TextEngine:
         Any thread may call it, also during a step. Raises ParameterError as `add` does.
         """
         params = dataclasses.replace(params)  # checked anew: fields may have been changed
+        if not isinstance(prompt, Iterable):
+            raise ParameterError(f"a prompt must be text or token ids, got {prompt!r}")
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.bad_words:
             params.bad_words_token_ids = [ids for word in params.bad_words for ids in self._word_ids(word)]

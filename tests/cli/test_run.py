@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from puna.cli.app import app
@@ -81,6 +82,15 @@ def test_flags_reach_the_engine(stories: Path) -> None:
     for penalty in ("--repeat-penalty", "--presence-penalty", "--frequency-penalty"):
         assert story(penalty, "1.9") != greedy
     assert story("--stop", "girl", "--stop", "never") == greedy[: greedy.index("girl")]
+
+
+def test_threads_are_those_of_torch(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert invoke(str(stories / "hf"), "Once", "--max-tokens", "1", "--threads", "3").exit_code == 0
+    assert asked == [3]
+    refused = invoke(str(stories / "hf"), "Once", "--threads", "0")
+    assert refused.exit_code == 2 and "--threads" in refused.stderr
 
 
 def test_verbose_prints_timings_beside_the_answer(stories: Path) -> None:

@@ -254,6 +254,7 @@ def test_abort_gives_the_blocks_back_at_once(model: Llama) -> None:
     engine.step()
     engine.abort("a")
     assert set(engine._sequences) == {"b"}
+    assert engine.pool.num_free == engine.pool.num_blocks - 5  # those of b's 20 tokens
     expected = run(model, [[2] * 20])[0]
     assert drain(engine)["b"][0].output_ids == expected
 
@@ -292,6 +293,8 @@ def test_a_narrow_cache_stays_near(model: Llama, dtype: str) -> None:
         ([], {}, "empty"),
         ([96], {}, "token id 96 is outside"),
         ([-1], {}, "token id -1 is outside"),
+        ([1, "a"], {}, "token id 'a' is outside"),
+        ([1.5], {}, "token id 1.5 is outside"),
         ([1] * 256, {}, "256 tokens.*max_model_len 256"),
         ([1], {"stop_token_ids": [96]}, "stop_token_ids 96"),
         ([1], {"allowed_token_ids": [-1]}, "allowed_token_ids -1"),
@@ -300,10 +303,31 @@ def test_a_narrow_cache_stays_near(model: Llama, dtype: str) -> None:
     ],
 )
 def test_requests_that_cannot_run_are_refused(
-    model: Llama, prompt: list[int], params: dict[str, Any], message: str
+    model: Llama, prompt: list[Any], params: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ParameterError, match=message):
         engine_for(model).add("a", prompt, SamplingParams(**params))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_size": 0},
+        {"max_num_seqs": "8"},
+        {"max_num_batched_tokens": 2.5},
+        {"num_blocks": True},
+        {"max_logprobs": -2},
+        {"seed": "x"},
+        {"gpu_memory_utilization": "0.5"},
+        {"gpu_memory_utilization": 1.5},
+        {"kv_cache_dtype": "int4"},
+        {"policy": "lifo"},
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError, match=next(iter(wrong))):
+        EngineConfig(**wrong)
 
 
 def test_a_cache_too_small_for_the_context_lowers_it(model: Llama, caplog: pytest.LogCaptureFixture) -> None:

@@ -102,6 +102,13 @@ def test_pieces_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     feed(make_cache(24), [blocks[:12], blocks[12:]], [[9, 21], [1, 1], [7, 2]], use_compiled=False)
 
 
+@FORMS
+def test_no_sequences(use_compiled: bool) -> None:
+    attention = PagedAttention(make_cache(1), [], [], [], use_compiled=use_compiled)
+    q, k = torch.empty(0, 4, 16), torch.empty(0, 2, 16)
+    assert attention(q, k, k, layer=0, scale=1.0, chunk_size=None).shape == (0, 4, 16)
+
+
 def test_an_8_bit_cache_keeps_large_values_finite() -> None:
     cache = make_cache(1, dtype=torch.float8_e4m3fn)
     k = torch.tensor([1e4, -1e4, 448.0, 470.0]).view(4, 1, 1).expand(4, 2, 16)

@@ -219,6 +219,17 @@ def test_defaults_are_vllms() -> None:
         {"stream_interval": 0},
         {"logprob_token_ids": list(range(129))},
         {"logprob_token_ids": [1.5]},
+        {"n": None},
+        {"top_k": None},
+        {"min_tokens": None},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": [[1]]},
+        {"allowed_token_ids": 5},
+        {"logit_bias": [1]},
+        {"output_kind": "delta"},
+        {"structured_outputs": {"regex": "a"}},
+        {"repetition_detection": {}},
     ],
     ids=str,
 )
@@ -246,6 +257,16 @@ def test_combinations_that_make_no_sense_are_refused() -> None:
         StructuredOutputsParams(choice=[])
     with pytest.raises(ParameterError, match="structural_tag must not be empty"):
         StructuredOutputsParams(structural_tag="")
+    with pytest.raises(ParameterError, match="choice must be of type list or tuple, got 'yes'"):
+        StructuredOutputsParams(choice="yes")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="choice must hold texts"):
+        StructuredOutputsParams(choice=["a", 1])  # type: ignore[list-item]
+    with pytest.raises(ParameterError, match="regex must be of type str, got 5"):
+        StructuredOutputsParams(regex=5)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="whitespace_pattern goes with json or json_object, not with re"):
+        StructuredOutputsParams(regex="a", whitespace_pattern=" ")
+    with pytest.raises(ParameterError, match="disable_additional_properties goes with .*, not with choice"):
+        StructuredOutputsParams(choice=["a"], disable_additional_properties=True)
     with pytest.raises(ParameterError, match="logprobs must be 2"):
         SamplingParams(logprobs=3, logprob_token_ids=[1, 2])
     with pytest.raises(ParameterError, match="min_count must be at least 2"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from puna.kernels.dense_linear import linear
 from puna.model.linear import Linear
@@ -177,6 +178,21 @@ def test_linear_takes_the_kernel_without_gradients_and_torch_with_them(
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, torch.ones(24, 3, dtype=dtype) @ x)
     assert len(calls) == 1
+
+
+# torch derives its own operations with torch.jit, which it deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@DTYPES
+def test_linear_keeps_tangents_and_can_be_mapped(dtype: torch.dtype) -> None:
+    weight, x = random_matrix(24, 40, dtype), random_matrix(3, 40, dtype, seed=1)
+    tangent = random_matrix(3, 40, dtype, seed=2)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)  # type: ignore[no-untyped-call]
+        out = forward_ad.unpack_dual(linear(dual, weight))  # type: ignore[no-untyped-call]
+        assert out.tangent is not None
+        torch.testing.assert_close(out.tangent, tangent @ weight.T)
+    mapped = torch.func.vmap(lambda row: linear(row, weight))(x)
+    torch.testing.assert_close(mapped, x @ weight.T)
 
 
 def test_linear_leaves_to_torch_what_the_kernel_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,6 +248,34 @@ def test_wrong_calls_raise() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             attend(*arguments)
+
+
+MANY = """
+import re, torch
+from pathlib import Path
+from puna.kernels import cpu
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+cache = torch.full((1, 64, 1, 16), 0.5)
+def attend(sequences, length):
+    tables = torch.zeros(sequences, length // 64, dtype=torch.int32)  # they share one block
+    starts, counts = torch.full((sequences,), length - 16), torch.full((sequences,), 16)
+    batch = cpu.PagedBatch(tables, starts, counts, num_blocks=1, block_size=64)
+    q = torch.ones(sequences * 16, 16, 16)
+    out = cpu.paged_attention(q, cache, cache, batch, scale=0.25)
+    assert ((out - 0.5).abs() < 1e-6).all()
+attend(1, 1024)
+before = peak()
+attend(32, 16384)
+print(peak() - before)
+"""
+
+
+def test_many_sequences_that_share_a_long_context_take_little_memory() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell the peak of memory")
+    result = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 12 * 1024  # KiB
 
 
 def test_no_tokens() -> None:

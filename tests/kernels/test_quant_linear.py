@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +149,14 @@ def test_what_is_not_finite_shows(isa: str) -> None:
             assert out[: tokens - 1].isfinite().all()
 
 
+def test_the_largest_activations_are_finite(isa: str) -> None:
+    rows = random_rows(GGMLType.Q8_0, 16, 64, scale=1e-6)
+    for tokens in (1, 5):
+        x = torch.zeros(tokens, 64)
+        x[:, 3], x[:, 19] = 3e38, 3e38  # whose sum is not
+        assert_explained(multiply(x, rows, GGMLType.Q8_0), x, rows, GGMLType.Q8_0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_and_out(isa: str, dtype: torch.dtype) -> None:
     rows = random_rows(GGMLType.Q6_K, 37, 512)
@@ -203,6 +208,9 @@ def test_wrong_calls_raise() -> None:
         cpu.quant_linear(torch.zeros(1, 96), [weight])
     with pytest.raises(ValueError, match="int64"):
         cpu.quant_linear(torch.zeros(1, 64, dtype=torch.int64), [weight])
+    for x in (torch.tensor(1.0), torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match="without columns"):
+            cpu.quant_linear(x, [weight])
     with pytest.raises(ValueError, match="no row 16"):
         weight.rows(torch.tensor([16]))
     with pytest.raises(ValueError, match="no kernel"):
@@ -210,16 +218,25 @@ def test_wrong_calls_raise() -> None:
     with pytest.raises(ValueError, match="bytes are needed"):
         cpu.TiledWeight(torch.zeros(8, dtype=torch.uint8), GGMLType.Q4_0, (16, 64))
     with pytest.raises(ValueError, match="another shape"):
-        weight.matrix.pack(torch.zeros(17, 36, dtype=torch.uint8))
+        weight.matrix.pack(torch.zeros(17, 36, dtype=torch.uint8), 1)
+    with pytest.raises(ValueError, match="torch.bool"):
+        weight.rows(torch.ones(16, dtype=torch.bool))
     with pytest.raises(ConfigError, match="abacus"):
         cpu.choose("abacus")
 
 
-def test_one_pool_of_threads() -> None:
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("the system does not list what is loaded")
-    # In a process of its own: other packages of the test run may bring OpenMP libraries.
-    code = "import puna.kernels.cpu; print(open('/proc/self/maps').read())"
-    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    pools = {line.split()[-1] for line in maps.splitlines() if "gomp" in line or "iomp" in line}
-    assert len(pools) <= 1, pools
+def test_sizes_that_overflow_are_refused() -> None:
+    # 2**38 rows of 2**28 * 34 bytes are a multiple of 2**64.
+    with pytest.raises(ValueError, match="bytes are needed, got 0"):
+        cpu.TiledWeight(torch.empty(0, dtype=torch.uint8), GGMLType.Q8_0, (1 << 38, 1 << 33))
+
+
+def test_what_would_have_to_be_copied_is_refused() -> None:
+    weight = cpu.TiledWeight.pack(random_rows(GGMLType.Q4_0, 16, 64), GGMLType.Q4_0)
+    numbers, out = torch.arange(4), torch.zeros(4, 72, dtype=torch.uint8)
+    for wrong in (out[:, ::2], out[:, :36].to(torch.int16)):
+        with pytest.raises(TypeError):
+            weight.matrix.unpack(numbers, wrong, 1)
+    for tiles in (weight.tiles.to(torch.int8), weight.tiles.repeat_interleave(2)[::2]):
+        with pytest.raises(TypeError):
+            cpu.TiledWeight(tiles, GGMLType.Q4_0, (16, 64))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from puna import kernels
@@ -292,6 +293,18 @@ def test_modules_describe_themselves() -> None:
 needs_compiled = pytest.mark.skipif(kernels.compiled() is None, reason="the compiled kernels are not there")
 
 
+# torch derives its own operations with torch.jit, which it deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@needs_compiled
+def test_tangents_flow_through_packed_weights() -> None:
+    weight = random_rows(GGMLType.Q6_K, 13)
+    x, tangent = torch.randn(2, 3, 512)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)  # type: ignore[no-untyped-call]
+        out = forward_ad.unpack_dual(QuantLinear(weight)(dual))  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(out.tangent, tangent @ weight.dequantize().T)
+
+
 @needs_compiled
 @pytest.mark.parametrize("kind", list(SCALES))
 def test_compiled_modules_differ_by_the_rounding_of_activations_only(kind: GGMLType) -> None:
@@ -323,6 +336,15 @@ def test_a_matrix_becomes_rows_when_it_leaves_the_cpu() -> None:
 
 
 @needs_compiled
+def test_the_default_device_does_not_matter() -> None:
+    weight, x = random_rows(GGMLType.Q4_0, 21), torch.randn(2, 64)
+    with torch.device("meta"):
+        matrix = PackedMatrix(weight).float()
+        assert torch.equal(matrix.quantized.data, weight.data)
+        assert torch.equal(matrix(x), PackedMatrix(weight)(x))
+
+
+@needs_compiled
 @pytest.mark.parametrize("how", ["copied", "pickled", "cloned"])
 def test_a_copied_matrix_computes_the_same(how: str) -> None:
     matrix = PackedMatrix(random_rows(GGMLType.Q6_K, 21))
@@ -334,6 +356,27 @@ def test_a_copied_matrix_computes_the_same(how: str) -> None:
         other = copy.deepcopy(matrix) if how == "copied" else pickle.loads(pickle.dumps(matrix))
     matrix = matrix if how == "cloned" else PackedMatrix(random_rows(GGMLType.Q6_K, 21, seed=5))
     assert torch.equal(other(x), expected)
+
+
+@needs_compiled
+def test_tiles_may_move_into_shared_memory() -> None:
+    # As sending a model to another process does.
+    matrix = PackedMatrix(random_rows(GGMLType.Q6_K, 21))
+    x = torch.randn(2, matrix.in_features)
+    expected = matrix(x)
+    matrix.packed.share_memory_()  # type: ignore[no-untyped-call]
+    assert torch.equal(matrix(x), expected)
+    matrix.packed.zero_()
+    assert matrix(x).eq(0).all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_computed_with(assign: bool) -> None:
+    matrix, other = (PackedMatrix(random_rows(GGMLType.Q6_K, 21, seed=seed)) for seed in (0, 1))
+    matrix.load_state_dict(other.state_dict(), assign=assign)
+    x = torch.randn(2, matrix.in_features)
+    assert torch.equal(matrix(x), other(x))
 
 
 @needs_compiled

@@ -19,14 +19,25 @@ from puna.errors import PunaError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     logging.basicConfig(format="Warning: %(message)s")
+    # Read when torch is imported. By default threads wait for each other by spinning for milliseconds, which
+    # makes everything many times slower where other processes use the cores too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
         return _run(arguments)
     except BrokenPipeError:
-        # Whoever read our output is gone; without this, Python complains when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it is gone
         return 1
+    except OSError as error:
+        print(f"Error: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """Let what is not written yet go nowhere; else Python complains when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str] | None) -> int:

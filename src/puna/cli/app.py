@@ -11,8 +11,8 @@ import typer
 
 import puna
 from puna.cli.adapter import adapter
-from puna.cli.bench import bench
 from puna.cli.data import data
+from puna.cli.measure import bench
 from puna.cli.run import run
 from puna.cli.show import show
 from puna.cli.train import train

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from puna.cli.terminal import Terminal
+from puna.cli.threads import Threads, use_threads
 from puna.errors import ModelNotFoundError, ParameterError
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def run(
     raw: Raw = False,
     dtype: ComputeDtype = Dtype.auto,
     device: Device = "cpu",
+    threads: Threads = None,
     verbose: Verbose = False,
     nowordwrap: NoWordWrap = False,
 ) -> None:
@@ -115,19 +117,20 @@ def run(
         raise typer.BadParameter("--raw uses no chat format: it goes with neither --system nor --chat-format")
     options = {"dtype": dtype.value, "device": device, "chat_format": chat_format, "raw": raw}
     shown = {"verbose": verbose, "wordwrap": not nowordwrap}
-    state = _load(path, options, sampling=sampling, system=system, **shown)
+    state = _load(path, threads, options, sampling=sampling, system=system, **shown)
     if text is None:
         _talk(state)
     else:
         _answer_once(state, text)
 
 
-def _load(path: Path, options: dict[str, Any], **settings: Any) -> ChatState:
+def _load(path: Path, threads: int | None, options: dict[str, Any], **settings: Any) -> ChatState:
     """Load the model; shows that it takes its time."""
     terminal = Terminal.standard()
     with terminal.busy(f"loading {path.name}"):
         from puna.cli.chat_state import ChatState, ModelOptions  # these import torch, which takes its time
 
+        use_threads(threads)
         state = ChatState(terminal, ModelOptions(**options), **settings)
         state.load(path)
     return state

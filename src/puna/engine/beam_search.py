@@ -1,8 +1,8 @@
 """Beam search on the engine's blocks: beams fork, share what they have in common, copy where they write.
 
 Score of a beam: log-probability / length ** length_penalty, length counting prompt and generated tokens but
-not the one that ended it, as in vLLM. Each step looks at twice as many continuations as there are beams, so
-that enough are left when some end (also vLLM's rule).
+not the one that ended it, as in vLLM. Each step looks at twice as many continuations of each beam as there
+are beams: whatever ends among them is a candidate, and the best of the others go on (also vLLM's rule).
 """
 
 from __future__ import annotations
@@ -69,10 +69,15 @@ def beam_search(
             engine.scheduler.finish(sequence)
     for sequence, value in running.items():
         search.end(sequence.token_ids, value, sequence.logprobs, "length")
-    return sorted(search.ended, key=lambda beam: beam.score, reverse=True)[: params.beam_width]
+    return search.best_ended()
 
 
 def _check_room(engine: LLMEngine, num_prompt: int, room: int, beam_width: int) -> None:
+    if beam_width > engine.config.max_num_seqs:
+        raise ParameterError(
+            f"beam_width {beam_width} is above max_num_seqs {engine.config.max_num_seqs}: "
+            "all beams are computed together"
+        )
     size = engine.config.block_size
     needed = -(-num_prompt // size) + beam_width * (-(-room // size) + 1)
     if needed > engine.pool.num_free:
@@ -105,6 +110,10 @@ class _Search:
             token_ids = [*token_ids, stop_id]
         self.ended.append(Beam(token_ids, logprob, logprobs, reason, stop_id, score))
 
+    def best_ended(self) -> list[Beam]:
+        """Return the best of the beams that have ended, at most as many as are wanted, best first."""
+        return sorted(self.ended, key=lambda beam: beam.score, reverse=True)[: self.params.beam_width]
+
     def grow(self, running: dict[Sequence, float]) -> dict[Sequence, float]:
         """Take one step with every beam and keep the best of all continuations."""
         best = {s: self._best(s, row) for s, row in _logits(self.engine, list(running)).items()}
@@ -115,12 +124,13 @@ class _Search:
         ]
         candidates.sort(key=lambda candidate: candidate[0], reverse=True)
         chosen: list[tuple[float, Sequence, int]] = []
-        for value, sequence, token_id in candidates[: 2 * self.params.beam_width]:
+        for value, sequence, token_id in candidates:
             if token_id in self._end_ids(sequence):
                 logprobs = [*sequence.logprobs, best[sequence]]
                 self.end(list(sequence.token_ids), value, logprobs, "stop", token_id)
             elif len(chosen) < self.params.beam_width:
                 chosen.append((value, sequence, token_id))
+        self.ended = self.best_ended()  # the others can win no more
         return self._continue(running, chosen, best)
 
     def _best(self, sequence: Sequence, logits: Tensor) -> Logprobs:

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -24,7 +25,7 @@ from puna.engine.paged_cache import PagedKVCache, bytes_per_block
 from puna.engine.request import FinishReason, Grammar, Sequence
 from puna.engine.runner import Runner
 from puna.engine.sampler import logprobs_of, sample
-from puna.engine.sampling import SamplingParams
+from puna.engine.sampling import SamplingParams, check_integer
 from puna.engine.scheduler import Batch, Scheduler, SchedulerConfig
 from puna.engine.speculative import Proposer
 from puna.errors import ParameterError
@@ -61,13 +62,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         sizes = ("block_size", "max_num_seqs", "max_num_batched_tokens")
-        for name in (*sizes, "max_model_len", "kv_cache_memory_bytes", "num_blocks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ParameterError(f"{name} must be at least 1, got {value}")
+        for name in sizes:
+            check_integer(name, getattr(self, name), 1)
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_blocks"):
+            check_integer(name, getattr(self, name), 1, optional=True)
+        check_integer("max_logprobs", self.max_logprobs, -1)
+        check_integer("seed", self.seed, -(2**63), optional=True)
         share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ParameterError(f"gpu_memory_utilization must be in (0, 1], got {share}")
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+            raise ParameterError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
         if self.kv_cache_dtype != "auto" and self.kv_cache_dtype not in _KV_DTYPES:
             raise ParameterError(f"kv_cache_dtype must be auto or one of {', '.join(_KV_DTYPES)}")
         if self.policy not in ("fcfs", "priority"):
@@ -288,7 +291,6 @@ class LLMEngine:
         if params.wants_logprobs:
             found = logprobs_of(logits, token_id, params.logprobs or 0, params.logprob_token_ids)
             sequence.logprobs.append(found)
-            sequence.cumulative_logprob += found.values[0]
         if sequence.times.first_token is None:
             sequence.times.first_token = time.monotonic()
         sequence.append(token_id)
@@ -354,9 +356,9 @@ class LLMEngine:
             "bad_words_token_ids": [i for word in params.bad_words_token_ids for i in word],
         }
         for name, ids in lists.items():
-            outside = [i for i in ids if not 0 <= i < vocab]
+            outside = [i for i in ids if not isinstance(i, int | Integral) or not 0 <= i < vocab]
             if outside:
-                raise ParameterError(f"{name} {outside[0]} is outside the vocabulary of {vocab}")
+                raise ParameterError(f"{name} {outside[0]!r} is outside the vocabulary of {vocab}")
         if len(prompt_ids) >= self.max_model_len:
             raise ParameterError(
                 f"the prompt has {len(prompt_ids)} tokens, and at least one more must fit into "

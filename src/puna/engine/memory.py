@@ -1,7 +1,7 @@
 """How much memory the key/value cache may take.
 
 On a GPU a share of the whole device less what is in use; on the CPU a share of the memory that is free now,
-as the kernel or the container's limit tells it.
+as the kernel or the container's limit (cgroup v2) tells it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 CPU_SHARE = 0.5
 GPU_SHARE = 0.92
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def cache_budget(device: torch.device, utilization: float | None) -> int:
@@ -34,14 +36,18 @@ def cache_budget(device: torch.device, utilization: float | None) -> int:
 
 def free_memory() -> int:
     """Return the bytes of RAM that can still be taken without swapping."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    free = _numbers(_MEMINFO).get("MemAvailable:", 0) * 1024
+    if not free:  # not Linux: half of what there is may be in use
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+        # What is used counts pages of files that were read, such as weights; they make room when asked.
+        reclaimable = _numbers(_CGROUP / "memory.stat").get("inactive_file", 0)
+        free = min(free, int(text) - int(used.read_text()) + reclaimable)
     return max(free, 0)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read lines of a name and a number; nothing where there is no such file."""
+    lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -48,9 +48,7 @@ class PagedKVCache:
         """Put k, v (tokens, num_kv_heads, head_dim) into `slots` (tokens,): block * block_size + offset."""
         for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
             limit = torch.finfo(kept.dtype).max
-            if (
-                limit < torch.finfo(new.dtype).max
-            ):  # the conversion would make NaN or infinity of large values
+            if limit < torch.finfo(new.dtype).max:  # large values would become NaN or infinity
                 new = new.clamp(-limit, limit)
             kept.view(-1, *kept.shape[2:])[slots] = new.to(kept.dtype)
 
@@ -83,7 +81,7 @@ class PagedAttention:
         self.starts = starts
         self.counts = counts
         device = cache.keys[0].device
-        self.slots = torch.tensor(self._slots(), device=device)
+        self.slots = torch.tensor(self._slots(), dtype=torch.int64, device=device)
         self._cpu = compiled() if use_compiled and device.type == "cpu" else None
         self._batch = None if self._cpu is None else self._compiled_batch(self._cpu)
 
@@ -109,9 +107,10 @@ class PagedAttention:
         return out
 
     def lengths(self) -> Tensor:
-        """See `puna.model.Attention`. With prompt_lengths it does not matter how a sequence is cut:
+        """See `puna.model.Attention`.
 
-        a token of the prompt counts the whole prompt, one behind it everything up to itself.
+        With prompt_lengths it does not matter how a sequence is cut: a token of the prompt counts the whole
+        prompt, one behind it everything up to itself.
         """
         if self.prompt_lengths is None:
             totals = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
@@ -136,7 +135,7 @@ class PagedAttention:
         for row, table, end in zip(tables, self.block_tables, ends, strict=True):
             needed = -(-end // size)
             row[:needed] = torch.tensor(table[:needed], dtype=torch.int32)
-        starts, counts = torch.tensor(self.starts), torch.tensor(self.counts)
+        starts, counts = (torch.tensor(numbers, dtype=torch.int64) for numbers in (self.starts, self.counts))
         batch: object = cpu.PagedBatch(tables, starts, counts, num_blocks=keys.shape[0], block_size=size)
         return batch
 

@@ -123,7 +123,6 @@ class Sequence:
         self.pending_forks = params.n - 1 if index == 0 else 0
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
-        self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
@@ -202,8 +201,7 @@ class Sequence:
         child.block_hashes = list(self.block_hashes)
         child.num_computed, child.num_cached = self.num_computed, self.num_cached
         child.num_remembered, child.num_draft_computed = self.num_remembered, self.num_draft_computed
-        child.logprobs, child.cumulative_logprob = list(self.logprobs), self.cumulative_logprob
-        child.prompt_logprobs = self.prompt_logprobs
+        child.logprobs, child.prompt_logprobs = list(self.logprobs), self.prompt_logprobs
         return child
 
 

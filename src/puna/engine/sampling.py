@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from typing import Any
@@ -73,9 +73,32 @@ class StructuredOutputsParams:
         given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) != 1:
             raise ParameterError(f"give exactly one of {', '.join(kinds)}, got {', '.join(given) or 'none'}")
-        value = getattr(self, given[0])
+        kind = given[0]
+        value = getattr(self, kind)
         if value in ("", [], False):
-            raise ParameterError(f"{given[0]} must not be empty, got {value!r}")
+            raise ParameterError(f"{kind} must not be empty, got {value!r}")
+        kinds_of_value: dict[str, tuple[type, ...]] = {
+            "json": (str, dict),
+            "choice": (list, tuple),
+            "json_object": (bool,),
+        }
+        types = kinds_of_value.get(kind, (str,))
+        if not isinstance(value, types):
+            names = " or ".join(wanted.__name__ for wanted in types)
+            raise ParameterError(f"{kind} must be of type {names}, got {value!r}")
+        if kind == "choice" and not all(isinstance(item, str) for item in self.choice or ()):
+            raise ParameterError(f"choice must hold texts, got {value!r}")
+        self._refuse_what_would_be_ignored(kind)
+
+    def _refuse_what_would_be_ignored(self, kind: str) -> None:
+        of_json = ("json", "json_object")
+        for name, kinds in {
+            "disable_any_whitespace": of_json,
+            "whitespace_pattern": of_json,
+            "disable_additional_properties": (*of_json, "structural_tag"),
+        }.items():
+            if getattr(self, name) and kind not in kinds:
+                raise ParameterError(f"{name} goes with {' or '.join(kinds)}, not with {kind}")
 
 
 @dataclass
@@ -87,9 +110,9 @@ class RepetitionDetectionParams:
     min_count: int = 0  # at least 2 where it looks
 
     def __post_init__(self) -> None:
-        _integer("max_pattern_size", self.max_pattern_size, 0, 2**31)
-        _integer("min_pattern_size", self.min_pattern_size, 0, self.max_pattern_size)
-        _integer("min_count", self.min_count, 2 if self.max_pattern_size else 0, 2**31)
+        check_integer("max_pattern_size", self.max_pattern_size, 0, 2**31)
+        check_integer("min_pattern_size", self.min_pattern_size, 0, self.max_pattern_size)
+        check_integer("min_count", self.min_count, 2 if self.max_pattern_size else 0, 2**31)
 
     def repeats(self, token_ids: Sequence[int]) -> bool:
         """Say whether the end of the ids is such a repetition."""
@@ -164,11 +187,11 @@ class SamplingParams:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bad_words, str):
-            raise ParameterError(f"bad_words must be a list, got {self.bad_words!r}")
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        self.stop_token_ids = list(dict.fromkeys(self.stop_token_ids or []))
-        self.bad_words = list(self.bad_words or [])
+        self.stop = [self.stop] if isinstance(self.stop, str) else _listed("stop", self.stop) or []
+        self.stop_token_ids = _listed("stop_token_ids", self.stop_token_ids) or []
+        self.bad_words = _listed("bad_words", self.bad_words) or []
+        self.allowed_token_ids = _listed("allowed_token_ids", self.allowed_token_ids)
+        self.logprob_token_ids = _listed("logprob_token_ids", self.logprob_token_ids)
         if self.seed == -1:
             self.seed = None
         if self.logprobs is True:
@@ -176,6 +199,7 @@ class SamplingParams:
         if self.prompt_logprobs is True:
             self.prompt_logprobs = 1
         self.validate()
+        self.stop_token_ids = list(dict.fromkeys(self.stop_token_ids))
         if GREEDY_BELOW <= self.temperature < _COLDEST:
             logger.warning("temperature %g is raised to %g", self.temperature, _COLDEST)
             self.temperature = _COLDEST
@@ -192,14 +216,18 @@ class SamplingParams:
         _within("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _integer("n", self.n, 1, _MOST_SEQUENCES)
-        _integer("top_k", self.top_k, -1, 2**31)
-        _integer("max_tokens", self.max_tokens, 1, 2**31)
-        _integer("min_tokens", self.min_tokens, 0, 2**31)
-        _integer("logprobs", self.logprobs, -1, 2**31)
-        _integer("prompt_logprobs", self.prompt_logprobs, -1, 2**31)
-        _integer("seed", self.seed, -(2**63), 2**64 - 1)
-        _integer("stream_interval", self.stream_interval, 1, 2**31)
+        check_integer("n", self.n, 1, _MOST_SEQUENCES)
+        check_integer("top_k", self.top_k, -1, 2**31)
+        check_integer("max_tokens", self.max_tokens, 1, 2**31, optional=True)
+        check_integer("min_tokens", self.min_tokens, 0, 2**31)
+        check_integer("logprobs", self.logprobs, -1, 2**31, optional=True)
+        check_integer("prompt_logprobs", self.prompt_logprobs, -1, 2**31, optional=True)
+        check_integer("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
+        check_integer("stream_interval", self.stream_interval, 1, 2**31, optional=True)
+        _of_type("output_kind", self.output_kind, RequestOutputKind)
+        _of_type("structured_outputs", self.structured_outputs, StructuredOutputsParams, optional=True)
+        _of_type("repetition_detection", self.repetition_detection, RepetitionDetectionParams, optional=True)
+        _of_type("logit_bias", self.logit_bias, dict, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         if self.prompt_logprobs is not None and self.skip_reading_prefix_cache is False:
@@ -292,8 +320,8 @@ class BeamSearchParams:
     allowed_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _integer("beam_width", self.beam_width, 1, 1024)
-        _integer("max_tokens", self.max_tokens, 1, 2**31)
+        check_integer("beam_width", self.beam_width, 1, 1024)
+        check_integer("max_tokens", self.max_tokens, 1, 2**31)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("length_penalty", self.length_penalty, -math.inf, math.inf)
         self.step_params()
@@ -319,12 +347,26 @@ def _within(name: str, value: float, low: float, high: float, *, above: bool = F
         raise ParameterError(f"{name} must be in {'(' if above else '['}{low:g}, {high:g}], got {value!r}")
 
 
-def _integer(name: str, value: int | None, low: int, high: int) -> None:
-    if value is None:
+def _listed(name: str, values: Iterable[Any] | None) -> list[Any] | None:
+    if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
+        raise ParameterError(f"{name} must be a list, got {values!r}")
+    return None if values is None else list(values)
+
+
+def _of_type(name: str, value: Any, wanted: type, *, optional: bool = False) -> None:
+    if not isinstance(value, wanted) and not (optional and value is None):
+        raise ParameterError(f"{name} must be of type {wanted.__name__}, got {value!r}")
+
+
+def check_integer(
+    name: str, value: Any, low: int, high: int | None = None, *, optional: bool = False
+) -> None:
+    """Raise ParameterError that names the value unless it is an integer from `low` to `high`."""
+    if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise ParameterError(f"{name} must be an integer, got {value!r}")
     if value < low:
         raise ParameterError(f"{name} must be at least {low}, got {value}")
-    if value > high:
+    if high is not None and value > high:
         raise ParameterError(f"{name} must be at most {high}, got {value}")

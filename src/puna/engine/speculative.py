@@ -161,9 +161,8 @@ class DraftModelProposer:
         """See `Proposer`; all sequences go through the draft model together."""
         guesses: list[list[int]] = [[] for _ in sequences]
         longest = self._model.config.context_length
-        for (
-            sequence
-        ) in sequences:  # the token that was drawn last has not been seen here, whatever was guessed
+        for sequence in sequences:
+            # The token that was drawn last has not been seen here, whatever was guessed.
             sequence.num_draft_computed = min(sequence.num_draft_computed, sequence.num_tokens - 1)
         for place in range(max(limits, default=0)):
             rows, writing = [], []
@@ -177,9 +176,8 @@ class DraftModelProposer:
                 break
             ends = list(accumulate(len(row.token_ids) for row in rows))
             hidden = self._compute(rows, [end - 1 for end in ends])
-            for found, token_id in zip(
-                writing, self._model.logits(hidden).argmax(dim=-1).tolist(), strict=True
-            ):
+            best = self._model.logits(hidden).argmax(dim=-1).tolist()
+            for found, token_id in zip(writing, best, strict=True):
                 found.append(token_id)
         return guesses
 

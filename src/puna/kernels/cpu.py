@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch  # first: it brings the OpenMP library whose threads the kernels share
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 import puna.kernels._cpu as _cpu  # not `from`, whose error would speak of a circular import
 from puna.errors import ConfigError
@@ -54,8 +56,8 @@ def choose(isa: str) -> None:
 
 
 def num_threads() -> int:
-    """Return how many threads a kernel uses."""
-    return _cpu.num_threads()
+    """Return how many threads a kernel uses: torch's number, or one where a fork left the others behind."""
+    return 1 if _cpu.threads_are_lost() else torch.get_num_threads()
 
 
 def can_pack(rows: Tensor, kind: int) -> bool:
@@ -64,9 +66,18 @@ def can_pack(rows: Tensor, kind: int) -> bool:
     return known and rows.shape[1] % _BLOCKS[kind][1] == 0
 
 
+def is_transformed() -> bool:
+    """Say whether torch is in forward-mode differentiation or a transform of torch.func (vmap, jvp, ...).
+
+    They follow torch's own operations; what a kernel computes in memory, they would silently leave out.
+    """
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
 def takes(x: Tensor) -> bool:
     """Say whether the kernels take these activations: on the CPU, float32, float16 or bfloat16."""
-    return x.device.type == "cpu" and x.dtype in _DTYPE_CODES and x.numel() > 0
+    known = x.device.type == "cpu" and x.dtype in _DTYPE_CODES and x.numel() > 0
+    return known and not is_transformed()
 
 
 class TiledWeight:
@@ -79,7 +90,18 @@ class TiledWeight:
         self.tiles = tiles
         self.kind = kind
         self.shape = shape
-        self.matrix = _cpu.QuantMatrix(tiles, kind, *shape)
+        self._look_at_tiles()
+
+    def _look_at_tiles(self) -> None:
+        self._address = self.tiles.data_ptr()
+        self._matrix = _cpu.QuantMatrix(self.tiles, self.kind, *self.shape)
+
+    @property
+    def matrix(self) -> _cpu.QuantMatrix:
+        """The tiles as the kernels know them: by address, which changes when torch shares the memory."""
+        if self.tiles.data_ptr() != self._address:
+            self._look_at_tiles()
+        return self._matrix
 
     @classmethod
     def pack(cls, rows: Tensor, kind: int) -> TiledWeight:
@@ -88,9 +110,9 @@ class TiledWeight:
             raise ValueError(f"no kernel for ggml type {kind} in {rows.dtype} {tuple(rows.shape)}")
         block, size = _BLOCKS[kind]
         count, row_bytes = rows.shape
-        tiles = torch.empty(-(-count // TILE_ROWS) * TILE_ROWS * row_bytes, dtype=torch.uint8)
+        tiles = torch.empty(-(-count // TILE_ROWS) * TILE_ROWS * row_bytes, dtype=torch.uint8, device="cpu")
         weight = cls(tiles, kind, (count, row_bytes // size * block))
-        weight.matrix.pack(rows.contiguous())
+        weight.matrix.pack(rows.contiguous(), torch.get_num_threads())
         return weight
 
     def __reduce__(self) -> tuple[type[TiledWeight], tuple[Tensor, int, tuple[int, int]]]:
@@ -98,17 +120,23 @@ class TiledWeight:
         return TiledWeight, (self.tiles, self.kind, self.shape)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return the packed rows with these numbers, (len(index), row_bytes), as `pack` was given them."""
+        """Return the packed rows with these numbers, (len(index), row_bytes), as `pack` was given them.
+
+        Raises ValueError for a number that is no row's, and for a mask.
+        """
+        if index.dtype == torch.bool or index.is_floating_point():
+            raise ValueError(f"rows are chosen by their numbers, got {index.dtype}")
         block, size = _BLOCKS[self.kind]
-        out = torch.empty(index.shape[0], self.shape[1] // block * size, dtype=torch.uint8)
-        self.matrix.unpack(index.to(torch.int64).contiguous(), out)
+        out = torch.empty(index.shape[0], self.shape[1] // block * size, dtype=torch.uint8, device="cpu")
+        self.matrix.unpack(index.to(torch.int64).contiguous(), out, torch.get_num_threads())
         return out
 
 
 def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
     """Return [x @ w.T for w in weights], in the dtype of x, with activations rounded to int8 per 32 columns.
 
-    x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else.
+    x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else. No
+    gradient flows.
     """
     flat, code, stride = _rows_of(x)
     tokens, columns = flat.shape
@@ -122,6 +150,7 @@ def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
         [weight.matrix for weight in weights],
         [out.data_ptr() for out in outs],
         [out.numel() for out in outs],
+        torch.get_num_threads(),
     )
     return outs
 
@@ -154,6 +183,7 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         [weight.numel() for weight in weights],
         [out.data_ptr() for out in outs],
         [out.numel() for out in outs],
+        torch.get_num_threads(),
     )
     return outs
 
@@ -165,8 +195,11 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
         raise ValueError(
             f"the kernels take float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}"
         )
-    flat = x.reshape(-1, x.shape[-1])
-    tokens, columns = flat.shape
+    columns = x.shape[-1] if x.ndim else 0
+    if columns == 0:
+        raise ValueError(f"the input has the shape {tuple(x.shape)}, without columns")
+    flat = x.reshape(-1, columns)
+    tokens = flat.shape[0]
     if flat.stride(1) != 1 or (tokens > 1 and flat.stride(0) < columns):
         flat = flat.contiguous()
     return flat, code, flat.stride(0) if tokens > 1 else columns
@@ -208,7 +241,8 @@ def paged_attention(
     q: (tokens, heads, head_dim), the sequences one after another; keys, values: (num_blocks, block_size,
     kv_heads, head_dim), contiguous, the new tokens' included. With `chunk_size`, position p sees only
     positions from p // chunk_size * chunk_size on. Returns the shape and dtype of q. Raises ValueError for
-    anything else. Beside the output, it takes at most a hundredth of the memory of the cache that it reads.
+    anything else; no gradient flows. Beside the output, it takes a piece for each thread (230 KB for heads of
+    128) and, for few tokens, about heads / kv_heads / 256 of the memory of a 16-bit cache that it reads.
     """
     if not can_attend(q.dtype, keys) or q.device.type != "cpu":
         raise ValueError(f"no kernel for {q.dtype} on {q.device} over {keys.dtype} on {keys.device}")
@@ -242,5 +276,6 @@ def paged_attention(
         out.data_ptr(),
         scale,
         chunk_size or 0,
+        torch.get_num_threads(),
     )
     return out

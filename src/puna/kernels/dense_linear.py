@@ -9,6 +9,7 @@ tokens: a choice by what torch does there, not by a measurement.
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +26,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x: (..., in), weight: (out, in), bias: (out,).
     """
     kernels = compiled()
-    if kernels is None or not _can_take(x, weight, bias) or not _is_faster(kernels.chosen(), x):
+    if kernels is None or not _can_take(kernels, x, weight, bias) or not _is_faster(kernels.chosen(), x):
         return functional.linear(x, weight, bias)
     out: Tensor = kernels.dense_linear(x, (weight,))[0]
     return out if bias is None else out.add_(bias)
 
 
-def _can_take(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _can_take(kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Say whether the kernel computes what torch would; of wrong calls, torch says what is wrong."""
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return False
     if (
-        torch.compiler.is_compiling()
+        kernels.is_transformed()
+        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
     ):

@@ -83,6 +83,10 @@ class LoraConfig:
             raise ParameterError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         if isinstance(self.target_parameters, str) or isinstance(self.modules_to_save, str):
             raise ParameterError("target_parameters and modules_to_save are lists of names, not a string")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | Sequence | set | frozenset):
+                raise ConfigError(f"{name} must be names, or one expression, not {value!r}")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from puna.text.tokenizer import Tokenizer
 
+# Between the tokens of JSON: blanks, or a line break with an indent. Without a bound, small models write
+# white space until their length is used up.
+_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
 MAX_GRAMMAR_CHARS = 500_000
 MAX_DEPTH = 64
 _MAX_LEXER_STATES = 50_000
@@ -129,7 +132,8 @@ class GrammarCompiler:
 
         text = ""
         if json_schema is not None:
-            options = {"whitespace_flexible": any_whitespace, "whitespace_pattern": whitespace_pattern}
+            space = whitespace_pattern or (_SPACE if any_whitespace else None)
+            options = {"whitespace_flexible": any_whitespace, "whitespace_pattern": space}
             text = _from_schema(_checked_schema(json_schema, additional_properties), options)
         elif regex is not None:
             text = LLMatcher.grammar_from_regex(_checked_text("regex", regex))
@@ -239,10 +243,12 @@ def _checked_text(name: str, text: str) -> str:
 
 
 def _checked_schema(schema: str | dict[str, Any], additional_properties: bool) -> dict[str, Any]:
-    text = schema if isinstance(schema, str) else json.dumps(schema)
     try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
         value = json.loads(_checked_text("json", text))
-    except (ValueError, RecursionError) as error:
+    except ParameterError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(f"json is not JSON: {error}") from error
     if value is True:
         value = {}

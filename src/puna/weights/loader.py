@@ -144,7 +144,7 @@ def load_model(
         dtype = checkpoint.dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ParameterError(f"dtype must be 'auto' or a floating point type, not {dtype!r}")
-    _require_device(torch.device(device))
+    _require_device(device)
     model = empty_model(checkpoint.config).to(dtype)
     filling = _Filling(model=model, dtype=dtype, device=torch.device(device))
     with tqdm(
@@ -173,13 +173,14 @@ def empty_model(config: LlamaConfig) -> Llama:
         return Llama(config)
 
 
-def _require_device(device: torch.device) -> None:
+def _require_device(named: torch.device | str) -> None:
     """Raise ParameterError for a device that is not there."""
     try:
+        device = torch.device(named)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ParameterError(f"device {str(device)!r} cannot be used: {reason}") from error
+        raise ParameterError(f"device {str(named)!r} cannot be used: {reason}") from error
     if device.type == "meta":
         raise ParameterError("device 'meta' holds no weights")
 

@@ -92,7 +92,7 @@ class PackedMatrix(nn.Module):
         if self._tiled is None:
             return QuantTensor(self.packed[index], self.quant_type)
         if isinstance(index, slice):
-            index = torch.arange(*index.indices(self.out_features))
+            index = torch.arange(*index.indices(self.out_features), device="cpu")
         return QuantTensor(self._tiled.rows(index), self.quant_type)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,15 +128,23 @@ class PackedMatrix(nn.Module):
         self.register_buffer("packed", weight.data if self._tiled is None else self._tiled.tiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        leaves_the_cpu = fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu"
+        leaves_the_cpu = fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).device.type != "cpu"
         if self._tiled is not None and leaves_the_cpu:
             self.packed, self._tiled = self.quantized.data, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._tiled is not None:
-            self._tiled = type(self._tiled)(self.packed, self._tiled.kind, self._tiled.shape)
-        elif not leaves_the_cpu:
+        if self._tiled is None and not leaves_the_cpu:
             self._keep(self.quantized)
+        self._use_packed()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._use_packed()
+
+    def _use_packed(self) -> None:
+        """Compute with `packed`, which may have become another tensor."""
+        if self._tiled is not None and self._tiled.tiles is not self.packed:
+            self._tiled = type(self._tiled)(self.packed, self._tiled.kind, self._tiled.shape)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}, {self.in_features}, type={self.quant_type.name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -25,16 +25,22 @@ _NOT_COPIED = ("config.json", "adapter_config.json")
 
 
 def write_hf(
-    network: Llama, base: Path | str, folder: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    network: Llama,
+    base: Path | str,
+    folder: Path | str,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    keep: Sequence[Path] = (),
 ) -> None:
     """Write the weights of `network`, and all else from `base`, the folder of the model it was made from.
 
-    Raises ParameterError if `folder` has something in it, UnsupportedError for quantised weights, multimodal
+    Files of `folder` that are named in `keep` may be there before and stay as they are. Raises
+    ParameterError if `folder` has something else in it, UnsupportedError for quantised weights, multimodal
     models, and a base in another format.
     """
     base, folder = Path(base).expanduser(), Path(folder).expanduser()
     config = _config(base, network)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path not in keep for path in folder.iterdir())):
         raise ParameterError(f"{folder}: is there already: give a new or an empty folder")
     weights = network.state_dict()
     parameters = dict(network.named_parameters())
@@ -51,8 +57,10 @@ def write_hf(
                     shutil.copyfile(path, part / path.name)
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write_shards(weights, part, max_shard_bytes)
+        for path in keep:
+            shutil.copyfile(path, part / path.name)
         if folder.exists():
-            folder.rmdir()
+            shutil.rmtree(folder)
         part.rename(folder)
     except OSError as error:
         raise CheckpointError(folder, f"cannot be written: {error}") from error

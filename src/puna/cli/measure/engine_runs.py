@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 
 from puna.async_llm import AsyncLLM
-from puna.cli.bench_metrics import Timeline
-from puna.cli.bench_requests import BenchRequest
+from puna.cli.measure.request_sets import BenchRequest
+from puna.cli.measure.timelines import Timeline
 from puna.engine.sampling import SamplingParams
 from puna.errors import ParameterError
 from puna.llm import LLM

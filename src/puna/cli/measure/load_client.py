@@ -17,9 +17,9 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from puna.cli.bench_http import Address, HTTPError, open_answer
-from puna.cli.bench_metrics import Timeline
-from puna.cli.bench_requests import BenchRequest
+from puna.cli.measure.http_client import Address, HTTPError, open_answer
+from puna.cli.measure.request_sets import BenchRequest
+from puna.cli.measure.timelines import Timeline
 from puna.errors import ParameterError, PunaError
 
 Backend = Literal["openai", "openai-chat"]

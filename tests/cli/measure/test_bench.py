@@ -14,10 +14,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from puna.cli.app import app
-from puna.cli.bench_client import arrival_times
-from puna.cli.bench_http import Address
-from puna.cli.bench_metrics import Timeline, details, summarise, table
-from puna.cli.bench_requests import RandomSet, dataset_requests, random_id_requests, random_text_requests
+from puna.cli.measure.http_client import Address
+from puna.cli.measure.load_client import arrival_times
+from puna.cli.measure.request_sets import (
+    RandomSet,
+    dataset_requests,
+    random_id_requests,
+    random_text_requests,
+)
+from puna.cli.measure.timelines import Timeline, details, summarise, table
 from puna.cria import FOLDER as CRIA
 from puna.errors import ParameterError, PunaError
 from puna.text.tokenizer import load_tokenizer
