@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from puna.cli.threads import Threads, use_threads
+
 if TYPE_CHECKING:
     from puna.train.train_config import TrainConfig
     from puna.train.trainer import StepMetrics, TrainResult
     from puna.train.training_plan import TrainingPlan
 
-_OWN = ("config", "dry_run", "resume", "force")
+_OWN = ("config", "dry_run", "resume", "force", "threads")
 
 
 def _option(text: str, metavar: str = "N", *names: str) -> Any:
@@ -80,6 +82,7 @@ def train(
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, ... [the first accelerator].", "NAME")] = None,
     save_steps: Annotated[int | None, _option("Steps between checkpoints [500]; 0: one at the end.")] = None,
     save_total_limit: Annotated[int | None, _option("Checkpoints that are kept [2].")] = None,
+    threads: Threads = None,
 ) -> None:
     """Train a model, or an adapter for it.
 
@@ -89,6 +92,7 @@ def train(
     options = context.params.items()
     given = {name: value for name, value in options if name not in _OWN and value not in (None, (), [])}
     settings = _settings(config, given)
+    use_threads(threads)
     from puna.train.trainer import Trainer
 
     progress = _Progress()

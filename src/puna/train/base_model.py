@@ -31,17 +31,27 @@ def is_packed(checkpoint: Checkpoint) -> bool:
     return checkpoint.format == "gguf"
 
 
-def choose_dtype(config: TrainConfig, checkpoint: Checkpoint) -> torch.dtype:
+def choose_dtype(config: TrainConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights.
 
     By default float32 where they are trained themselves, since steps of a usual learning rate vanish in
-    bfloat16's rounding; else the checkpoint's, with bfloat16 for float16, which would need its loss scaled.
+    bfloat16's rounding, and on processors that do not multiply bfloat16: torch's products for the backward
+    pass are up to 300 times slower there. Else the checkpoint's, with bfloat16 for float16, which would need
+    its loss scaled.
     """
     if config.dtype != "auto":
         return torch.float32 if config.dtype == "float32" else torch.bfloat16
-    if config.method == "full":
+    if config.method == "full" or not _multiplies_bfloat16(device):
         return torch.float32
     return torch.bfloat16 if checkpoint.dtype == torch.float16 else checkpoint.dtype
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Say whether a device has instructions for products of bfloat16, as far as torch tells."""
+    if device.type != "cpu":
+        return True
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)
 
 
 def choose_device(config: TrainConfig) -> torch.device:
