@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from torch.nn import functional
 from puna.errors import ParameterError
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel
+from puna.train.checkpoints import list_checkpoints
 from puna.train.encoding import Example
-from puna.train.trainer import StepMetrics, Trainer
+from puna.train.losses import batch_loss
+from puna.train.packing import Batch
+from puna.train.trainer import EvalMetrics, StepMetrics, Trainer
 from puna.weights.loader import load_model
 from training_data import tiny_config
 
@@ -179,6 +183,28 @@ def test_metrics_are_a_line_a_step(place: Path, tmp_path: Path) -> None:
     assert lines[-1]["epoch"] == 2.0
     assert sum(line["trained_tokens"] for line in lines) == 2 * trainer.plan.num_trained
     assert [line["learning_rate"] for line in lines[:3]] == pytest.approx([0.0, 1e-4, 2e-4])
+
+
+def test_the_best_checkpoint_can_be_the_result(place: Path, tmp_path: Path) -> None:
+    """Train until the rows that are held out are measured worse again."""
+    measured: list[EvalMetrics] = []
+    config = tiny_config(
+        place, output=str(tmp_path), lora=LORA, learning_rate=5e-2, num_train_epochs=8, eval_split=0.3,
+        save_steps=2, save_total_limit=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = Trainer(config, on_eval=measured.append)
+    result = trainer.train()
+    losses = {m.step: m.eval_loss for m in measured}
+    best = min(losses, key=lambda step: losses[step])
+    assert (result.best_step, result.best_loss) == (best, losses[best]) and best < result.step
+    assert [m.eval_perplexity for m in measured] == pytest.approx([math.exp(x) for x in losses.values()])
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [best, result.step]
+    assert len(trainer.plan.eval_examples) == 4 and trainer.plan.num_rows == 8
+    network = PeftModel.from_pretrained(load_model(place / "model"), tmp_path).network
+    batches = [Batch.of([example]) for example in trainer.plan.eval_examples]
+    with torch.no_grad():
+        total = sum(batch_loss(network, batch).item() for batch in batches)
+    assert total / sum(batch.num_trained for batch in batches) == pytest.approx(losses[best], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops(place: Path, tmp_path: Path) -> None:

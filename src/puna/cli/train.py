@@ -12,7 +12,7 @@ from puna.cli.threads import Threads, use_threads
 
 if TYPE_CHECKING:
     from puna.train.train_config import TrainConfig
-    from puna.train.trainer import StepMetrics, TrainResult
+    from puna.train.trainer import EvalMetrics, StepMetrics, TrainResult
     from puna.train.training_plan import TrainingPlan
 
 _OWN = ("config", "dry_run", "resume", "force", "threads")
@@ -55,6 +55,11 @@ def train(
     overlong: Annotated[
         str | None, _option("Of longer rows: truncate (default), drop, split or error.", "WHAT")
     ] = None,
+    eval_data: Annotated[list[str] | None, _option("Rows to measure, not train; repeatable.", "FILE")] = None,
+    eval_split: Annotated[float | None, _option("Or the share of the data to measure.", "P")] = None,
+    load_best_model_at_end: Annotated[
+        bool | None, typer.Option("--load-best-model-at-end", help="Write the checkpoint that measured best.")
+    ] = None,
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Put several rows in a pack [yes].")
     ] = None,
@@ -96,7 +101,7 @@ def train(
     from puna.train.trainer import Trainer
 
     progress = _Progress()
-    trainer = Trainer(settings, on_step=progress.note)
+    trainer = Trainer(settings, on_step=progress.note, on_eval=progress.measured)
     typer.echo("\n".join(plan_lines(trainer.plan)))
     if dry_run:
         trainer.plan.require_memory()
@@ -137,6 +142,7 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
         "method": f"{config.method}{rank}: {trained} ({share:.2f}%)",
         "data": f"{plan.num_rows:,} rows, {plan.num_tokens:,} tokens, {plan.num_trained:,} trained "
         f"({100 * plan.num_trained / plan.num_tokens:.1f}%)",
+        **({"measured": _measured(plan)} if plan.eval_examples else {}),
         unit: f"{len(plan.packs):,} of at most {config.max_length:,} tokens"
         + (f" ({full:.1f}% full)" if config.packing else ""),
         "steps": f"{plan.total_steps:,} of at most {per_step} {unit}; {plan.steps_per_epoch:,} an epoch",
@@ -147,6 +153,11 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
     }
     width = max(map(len, rows))
     return [f"  {name.ljust(width)}    {text}" for name, text in rows.items()]
+
+
+def _measured(plan: TrainingPlan) -> str:
+    trained = sum(example.num_trained for example in plan.eval_examples)
+    return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, with each checkpoint"
 
 
 def _size(number: int) -> str:
@@ -165,6 +176,11 @@ class _Progress:
         self._seconds = 0.0
         self._tokens = 0
         self._steps = 0
+
+    def measured(self, metrics: EvalMetrics) -> None:
+        """Take the metrics of an evaluation."""
+        measured = f"loss {metrics.eval_loss:.4f}  perplexity {metrics.eval_perplexity:.4g}"
+        typer.echo(f"step {metrics.step}/{self.total}  measured  {measured}")
 
     def note(self, metrics: StepMetrics) -> None:
         """Take the metrics of a step."""

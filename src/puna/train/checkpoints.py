@@ -25,15 +25,25 @@ def list_checkpoints(output: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if path.is_dir())
 
 
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return output / f"checkpoint-{step}"
+
+
 def save_checkpoint(
-    output: Path, step: int, write: Callable[[Path], None], *, limit: int | None = None
+    output: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    limit: int | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Make the checkpoint of a step, let `write` fill it, and keep the newest `limit` of all.
+    """Make the checkpoint of a step, let `write` fill it, and keep the newest `limit` of all, and the best.
 
     `write` is given a folder that is not there yet.
     """
     output.mkdir(parents=True, exist_ok=True)
-    part, final = output / f".checkpoint-{step}.part", output / f"checkpoint-{step}"
+    part, final = output / f".checkpoint-{step}.part", checkpoint_folder(output, step)
     shutil.rmtree(part, ignore_errors=True)
     write(part)
     for path in sorted(part.rglob("*")):
@@ -44,8 +54,9 @@ def save_checkpoint(
     part.rename(final)
     _flush(output)
     if limit is not None:
-        for _, old in list_checkpoints(output)[:-limit]:
-            _remove(old)
+        for number, old in list_checkpoints(output)[:-limit]:
+            if number != best:
+                _remove(old)
     return final
 
 

@@ -43,7 +43,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """Return the order in which packs come in an epoch: another one for each."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(abs(seed * 1_000_003 + epoch))
     order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order
 

@@ -38,7 +38,7 @@ _UNSUPPORTED = frozenset(
     """
     activation_offloading assistant_only_loss auto_find_batch_size beta completion_only_loss dataset_name
     deepspeed early_stopping_patience eval_packing eval_steps eval_strategy fp16 fsdp group_by_length
-    label_smoothing_factor load_best_model_at_end loraplus_lr_ratio loss_type neftune_noise_alpha optim
+    label_smoothing_factor loraplus_lr_ratio loss_type neftune_noise_alpha optim
     packing_strategy pad_token per_device_eval_batch_size push_to_hub report_to torch_compile
     train_sampling_strategy use_liger_kernel
     """.split()  # noqa: SIM905
@@ -64,6 +64,10 @@ class TrainConfig:
     max_length: int = 1024
     overlong: Overlong = "truncate"
     packing: bool = True  # several rows in one of max_length tokens
+    # evaluation, with each checkpoint
+    eval_data: Sequence[str] | str = ()
+    eval_split: float = 0.0  # the share of `data` that is held out instead
+    load_best_model_at_end: bool = False  # the result is the checkpoint with the lowest loss
     # steps
     num_train_epochs: float = 3.0
     max_steps: int | None = None
@@ -88,8 +92,9 @@ class TrainConfig:
     save_total_limit: int | None = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", (self.data,))
+        for name in ("data", "eval_data"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         if not self.data:
             raise ParameterError("data: at least one file is needed")
         choices: dict[str, tuple[Any, ...]] = {
@@ -110,6 +115,12 @@ class TrainConfig:
             raise ParameterError("chat_format and chat_template: give one of them")
         if self.merge and self.method == "full":
             raise ParameterError("merge is for adapters: method 'full' writes a whole model anyway")
+        if not _is_number(self.eval_split) or not 0 <= self.eval_split < 1:
+            raise ParameterError(f"eval_split must be in [0, 1), got {self.eval_split!r}")
+        if self.eval_split and self.eval_data:
+            raise ParameterError("eval_data and eval_split: give one of them")
+        if self.load_best_model_at_end and not self.evaluates:
+            raise ParameterError("load_best_model_at_end needs eval_data or eval_split")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -142,6 +153,11 @@ class TrainConfig:
             raise ParameterError(
                 f"warmup_steps is a share below 1 or a whole number, got {self.warmup_steps}"
             )
+
+    @property
+    def evaluates(self) -> bool:
+        """Say whether there are rows that are not trained but measured."""
+        return bool(self.eval_data or self.eval_split)
 
     @property
     def rate(self) -> float:
@@ -180,7 +196,12 @@ class TrainConfig:
         own = {f.name for f in fields(LoraConfig)}
         lora = {key: value for key, value in self.lora.to_dict().items() if key in own}
         date = None if self.date is None else self.date.isoformat()
-        return values | {"lora": lora, "data": list(self.data), "date": date}
+        return values | {
+            "lora": lora,
+            "data": list(self.data),
+            "eval_data": list(self.eval_data),
+            "date": date,
+        }
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Return the names of the settings that make the result another one, and differ."""

@@ -29,12 +29,24 @@ from puna.errors import ParameterError
 from puna.model.llama import Llama
 from puna.peft_model import PeftModel, get_peft_model
 from puna.train.base_model import gradient_checkpointing, load_base
-from puna.train.checkpoints import list_checkpoints, remove_leftovers, save_checkpoint
+from puna.train.checkpoints import (
+    checkpoint_folder,
+    list_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+)
 from puna.train.losses import batch_loss
 from puna.train.schedules import Schedule, make_schedule
 from puna.train.train_config import TrainConfig
 from puna.train.training_plan import TrainingPlan, make_plan
-from puna.train.training_state import TrainerState, read_state, require_same, restore, write_state
+from puna.train.training_state import (
+    TrainerState,
+    read_state,
+    require_same,
+    restore,
+    restore_parameters,
+    write_state,
+)
 from puna.weights.loader import load_model
 from puna.weights.write_hf import write_hf
 
@@ -59,6 +71,16 @@ class StepMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalMetrics:
+    """Hold what an evaluation gave: a line of metrics.jsonl too."""
+
+    step: int
+    eval_loss: float  # mean over all trained tokens of the rows that are measured
+    eval_perplexity: float
+    eval_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """Say how a training ended."""
 
@@ -66,6 +88,8 @@ class TrainResult:
     step: int
     total_steps: int
     loss: float | None  # of the last step; None if there was none to do
+    best_step: int | None  # by evaluation
+    best_loss: float | None
 
     @property
     def is_finished(self) -> bool:
@@ -76,16 +100,24 @@ class TrainResult:
 class Trainer:
     """A training: `plan` says what it will be, `train` does it."""
 
-    def __init__(self, config: TrainConfig, *, on_step: Callable[[StepMetrics], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        on_step: Callable[[StepMetrics], None] | None = None,
+        on_eval: Callable[[EvalMetrics], None] | None = None,
+    ) -> None:
         """Read data and headers, not weights. Raises what is wrong with them; see `make_plan`."""
         self.output = Path(config.output).expanduser()
-        self.on_step = on_step
+        self.on_step, self.on_eval = on_step, on_eval
         self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
         before = None if self.checkpoint is None else read_state(self.checkpoint)
         began = datetime.date.today() if before is None else before.config.date
         self.plan: TrainingPlan = make_plan(config, today=began)
         self.config = self.plan.config
         self.before = before
+        self._best: tuple[int | None, float | None]
+        self._best = (None, None) if before is None else (before.best_step, before.best_loss)
 
     def train(self, *, resume: bool = False, force: bool = False) -> TrainResult:
         """Do all steps and write the result into the output folder.
@@ -108,13 +140,28 @@ class Trainer:
             while step < self.plan.total_steps and not stop.wanted:
                 metrics = self._step(network, parameters, optimizer, schedule, step)
                 step, loss = metrics.step, metrics.loss
-                self._note(metrics)
-                due = self.config.save_steps and step % self.config.save_steps == 0
-                if due or stop.wanted or step == self.plan.total_steps:
+                self._write_line(metrics)
+                if self.on_step is not None:
+                    self.on_step(metrics)
+                is_last = step == self.plan.total_steps
+                is_due = is_last or (self.config.save_steps > 0 and step % self.config.save_steps == 0)
+                if is_due:
+                    self._evaluate(network, step)
+                if is_due or stop.wanted:
                     self._save(network, peft_model, parameters, optimizer, step)
+        best_step, best_loss = self._best
         if step == self.plan.total_steps:
+            if self.config.load_best_model_at_end and best_step is not None:
+                restore_parameters(checkpoint_folder(self.output, best_step), parameters)
             self._write_result(network, peft_model)
-        return TrainResult(output=self.output, step=step, total_steps=self.plan.total_steps, loss=loss)
+        return TrainResult(
+            output=self.output,
+            step=step,
+            total_steps=self.plan.total_steps,
+            loss=loss,
+            best_step=best_step,
+            best_loss=best_loss,
+        )
 
     # -- before the first step
 
@@ -202,13 +249,33 @@ class Trainer:
             peak_memory=_peak_memory(self.plan.device),
         )
 
-    def _note(self, metrics: StepMetrics) -> None:
+    @torch.no_grad()
+    def _evaluate(self, network: Llama, step: int) -> None:
+        """Measure the rows that are held out, and remember the best step."""
+        if not self.plan.eval_examples:
+            return
+        began = time.perf_counter()
+        network.eval()
+        total, count = 0.0, 0
+        for batch in self.plan.eval_batches():
+            total += batch_loss(network, batch.to(self.plan.device)).item()
+            count += batch.num_trained
+        network.train()
+        loss = total / count
+        if self._best[1] is None or loss < self._best[1]:
+            self._best = (step, loss)
+        perplexity = math.exp(min(loss, 700))  # beyond, no float has it
+        seconds = time.perf_counter() - began
+        metrics = EvalMetrics(step=step, eval_loss=loss, eval_perplexity=perplexity, eval_seconds=seconds)
+        self._write_line(metrics)
+        if self.on_eval is not None:
+            self.on_eval(metrics)
+
+    def _write_line(self, metrics: StepMetrics | EvalMetrics) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         values = {name: value for name, value in asdict(metrics).items() if value is not None}
         with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        if self.on_step is not None:
-            self.on_step(metrics)
 
     # -- files
 
@@ -221,7 +288,14 @@ class Trainer:
         step: int,
     ) -> None:
         """Write a checkpoint; an adapter's is a PEFT folder too."""
-        state = TrainerState(step=step, config=self.config, data_hash=self.plan.data_hash)
+        best_step, best_loss = self._best
+        state = TrainerState(
+            step=step,
+            config=self.config,
+            data_hash=self.plan.data_hash,
+            best_step=best_step,
+            best_loss=best_loss,
+        )
 
         def write(folder: Path) -> None:
             folder.mkdir()
@@ -229,7 +303,7 @@ class Trainer:
                 peft_model.save_pretrained(folder)
             write_state(folder, state, dict(parameters), optimizer)
 
-        save_checkpoint(self.output, step, write, limit=self.config.save_total_limit)
+        save_checkpoint(self.output, step, write, limit=self.config.save_total_limit, best=best_step)
 
     def _write_result(self, network: Llama, peft_model: PeftModel | None) -> None:
         """Write an adapter in PEFT's files, or a whole model as a Hugging Face folder."""

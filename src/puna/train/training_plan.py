@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from puna.train.base_model import choose_device, choose_dtype, is_packed
 from puna.train.data_files import read_records
 from puna.train.encoding import ChatRendering, Example, encode_rows
 from puna.train.packing import Batch, epoch_order, pack
-from puna.train.rows import read_rows
+from puna.train.rows import Row, read_rows
 from puna.train.train_config import TrainConfig
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
 from puna.weights.loader import Checkpoint, empty_model, open_checkpoint
@@ -45,6 +45,7 @@ class TrainingPlan:
     num_rows: int
     examples: Sequence[Example]
     packs: Sequence[Sequence[int]]  # indices of examples that are computed as one row
+    eval_examples: Sequence[Example]
     total_steps: int
     parameters: int
     trained_parameters: int
@@ -89,11 +90,16 @@ class TrainingPlan:
     def _batch(self, packs: Sequence[int]) -> Batch:
         return Batch.of([self.examples[index] for number in packs for index in self.packs[number]])
 
+    def eval_batches(self) -> Iterator[Batch]:
+        """Yield the batches that an evaluation measures."""
+        for members in _packs(self.config, self.eval_examples):
+            yield Batch.of([self.eval_examples[index] for index in members])
+
     @cached_property
     def data_hash(self) -> str:
         """Return the sha256 of all ids and marks: it changes with data, tokenizer, template and lengths."""
         digest = hashlib.sha256()
-        for example in self.examples:
+        for example in (*self.examples, *self.eval_examples):
             digest.update(len(example.ids).to_bytes(8, "little"))
             digest.update(array("q", example.ids).tobytes())
             digest.update(bytes(example.trained))
@@ -121,7 +127,9 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
     _require_trainable(config, checkpoint)
     tokenizer = load_tokenizer(path)
     config = with_date(config, tokenizer, today)
-    num_rows, examples = read_examples(config, tokenizer, checkpoint.config)
+    rows, eval_rows = read_data(config)
+    examples = encode_data(rows, config, tokenizer, checkpoint.config)
+    eval_examples = encode_data(eval_rows, config, tokenizer, checkpoint.config) if eval_rows else []
     packs = _packs(config, examples)
     device = choose_device(config)
     dtype = choose_dtype(config, checkpoint, device)
@@ -142,9 +150,10 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         checkpoint=checkpoint,
         dtype=dtype,
         device=device,
-        num_rows=num_rows,
+        num_rows=len(rows),
         examples=examples,
         packs=packs,
+        eval_examples=eval_examples,
         total_steps=config.max_steps or math.ceil(epochs),
         parameters=count_parameters(network, config) + (0 if config.method == "full" else trained),
         trained_parameters=trained,
@@ -153,13 +162,29 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
     )
 
 
-def read_examples(config: TrainConfig, tokenizer: Tokenizer, model: LlamaConfig) -> tuple[int, list[Example]]:
-    """Return how many rows there are, and the examples that became of them."""
+def read_data(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and those to measure; what is held out depends on the seed alone."""
+    rows = read_rows(read_records(config.data), config.data_format)
+    if config.eval_data:
+        return rows, read_rows(read_records(config.eval_data), config.data_format)
+    count = math.ceil(len(rows) * config.eval_split)
+    if count >= len(rows):
+        raise ParameterError(f"eval_split {config.eval_split} leaves none of {len(rows)} rows to train on")
+    held_out = set(epoch_order(len(rows), config.seed, -1)[:count])
+    return (
+        [row for index, row in enumerate(rows) if index not in held_out],
+        [row for index, row in enumerate(rows) if index in held_out],
+    )
+
+
+def encode_data(
+    rows: Sequence[Row], config: TrainConfig, tokenizer: Tokenizer, model: LlamaConfig
+) -> list[Example]:
+    """Encode rows for a model. Raises ParameterError for what it cannot take."""
     if config.max_length > model.context_length:
         raise ParameterError(
             f"max_length {config.max_length} is above the model's context of {model.context_length} tokens"
         )
-    rows = read_rows(read_records(config.data), config.data_format)
     examples = encode_rows(
         rows,
         tokenizer,
@@ -175,7 +200,7 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, model: LlamaConfig)
                 f"{example.place}: token {max(example.ids)} is outside the model's vocabulary of "
                 f"{model.vocab_size}: its tokenizer is that of another model"
             )
-    return len(rows), examples
+    return examples
 
 
 def with_date(config: TrainConfig, tokenizer: Tokenizer, today: datetime.date | None) -> TrainConfig:

@@ -31,6 +31,8 @@ class TrainerState:
     step: int
     config: TrainConfig
     data_hash: str
+    best_step: int | None = None  # of those with a checkpoint, by the loss of the evaluation
+    best_loss: float | None = None
 
 
 def write_state(
@@ -43,7 +45,7 @@ def write_state(
     if torch.cuda.is_available():
         rest["cuda_rng"] = torch.cuda.get_rng_state_all()
     torch.save(rest, folder / _REST)
-    values = {"step": state.step, "data_hash": state.data_hash, "config": state.config.to_dict()}
+    values = {**vars(state), "config": state.config.to_dict()}
     (folder / _STATE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -52,14 +54,27 @@ def read_state(folder: Path) -> TrainerState:
     values = read_json_object(folder / _STATE)
     try:
         config = TrainConfig.from_dict(values["config"])
-        return TrainerState(step=int(values["step"]), config=config, data_hash=str(values["data_hash"]))
+        return TrainerState(**{**values, "config": config, "step": int(values["step"])})
     except (KeyError, TypeError, ValueError, ConfigError, UnsupportedError) as error:
         raise CheckpointError(folder / _STATE, f"is not of this version: {error}") from error
 
 
-@torch.no_grad()
 def restore(folder: Path, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
     """Put everything back. Raises CheckpointError for what does not fit."""
+    restore_parameters(folder, parameters)
+    try:
+        rest = torch.load(folder / _REST, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(rest["optimizer"])
+        torch.set_rng_state(rest["rng"])
+        if "cuda_rng" in rest and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(rest["cuda_rng"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(folder / _REST, f"cannot be gone on from: {error}") from error
+
+
+@torch.no_grad()
+def restore_parameters(folder: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Put the trained parameters of a checkpoint back. Raises CheckpointError for what does not fit."""
     file = open_safetensors(folder / _PARAMETERS)
     differing = sorted(file.tensors.keys() ^ parameters.keys())
     if differing:
@@ -69,14 +84,6 @@ def restore(folder: Path, parameters: Mapping[str, Tensor], optimizer: Optimizer
         if stored.shape != parameter.shape or stored.dtype != parameter.dtype:
             raise CheckpointError(file.path, f"{name} is {stored.dtype} {list(stored.shape)}")
         parameter.copy_(stored)
-    try:
-        rest = torch.load(folder / _REST, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(rest["optimizer"])
-        torch.set_rng_state(rest["rng"])
-        if "cuda_rng" in rest and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(rest["cuda_rng"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(folder / _REST, f"cannot be gone on from: {error}") from error
 
 
 def require_same(before: TrainerState, config: TrainConfig, data_hash: str, *, folder: Path) -> None:
