@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def test_lora_training_is_that_of_peft(place: Path, tmp_path: Path, use_dora: bo
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_dora=use_dora, task_type="CAUSAL_LM"
     )
-    trainer, seen = run(place, tmp_path, lora=lora, learning_rate=1e-2)
+    trainer, seen = run(place, tmp_path, lora=lora, learning_rate=1e-2, num_train_epochs=6)
+    assert len(seen) == 30
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     torch.manual_seed(trainer.config.seed)
     settings = peft.LoraConfig(
@@ -129,17 +131,29 @@ def test_lora_training_is_that_of_peft(place: Path, tmp_path: Path, use_dora: bo
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
-        {"gradient_checkpointing": False},
-    ],
-)
-def test_how_a_step_is_computed_does_not_matter(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_how_a_step_is_cut_into_batches_does_not_matter(place: Path, tmp_path: Path) -> None:
+    whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     _, expected = run(place, tmp_path / "a", lora=LORA, learning_rate=1e-2)
-    _, found = run(place, tmp_path / "b", lora=LORA, learning_rate=1e-2, **changes)
+    _, found = run(place, tmp_path / "b", lora=LORA, learning_rate=1e-2, **whole)
     assert [m.loss for m in found] == pytest.approx([m.loss for m in expected], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_bit(place: Path, tmp_path: Path) -> None:
+    lora = replace(LORA, lora_dropout=0.2)
+    _, expected = run(place, tmp_path / "a", lora=lora, learning_rate=1e-2)
+    _, found = run(place, tmp_path / "b", lora=lora, learning_rate=1e-2, gradient_checkpointing=False)
+    assert [(m.loss, m.grad_norm) for m in found] == [(m.loss, m.grad_norm) for m in expected]
+
+
+def test_adapters_over_gguf_and_meta_files(stories: Path, tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "Once upon a time there was a llama in Puno."}\n' * 2)
+    losses = []
+    for source in ("gguf/stories260k-f32.gguf", "meta", "hf"):
+        changes = {"model": str(stories / source), "data": str(data), "learning_rate": 5e-3, "max_steps": 4}
+        _, seen = run(tmp_path, tmp_path / source, **changes)
+        losses.append([m.loss for m in seen])
+    assert losses[0] == losses[1] == losses[2] and losses[0][-1] < losses[0][0] - 0.3
 
 
 def test_one_step_over_all_rows_is_the_same_packed_and_not(place: Path, tmp_path: Path) -> None:
