@@ -11,7 +11,7 @@ import pytest
 
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
 from puna.train.data_files import Record, read_records
-from puna.train.rows import ChatRow, Row, TextRow, read_rows
+from puna.train.rows import ChatRow, PairRow, Row, TextRow, read_rows
 
 ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
@@ -82,8 +82,6 @@ def test_sharegpt() -> None:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "DPO"),
-        ({"chosen": [ASK], "rejected": [ASK]}, "DPO"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "reward"),
     ],
@@ -109,6 +107,24 @@ def test_rows_of_other_methods_are_refused(values: dict[str, Any], reason: str) 
 def test_wrong_rows_name_their_place(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=f"^d.jsonl:1: {message}"):
         rows_of(values)
+
+
+def test_pairs_of_answers() -> None:
+    other = {"role": "assistant", "content": "no"}
+    for values in (
+        {"chosen": [ASK, ANSWER], "rejected": [ASK, other]},
+        {"prompt": [ASK], "chosen": [ANSWER], "rejected": [other]},
+    ):
+        (row,) = rows_of(values)
+        assert (
+            isinstance(row, PairRow) and isinstance(row.chosen, ChatRow) and isinstance(row.rejected, ChatRow)
+        )
+        assert (list(row.chosen.messages), row.chosen.trained) == ([ASK, ANSWER], [False, True])
+        assert (list(row.rejected.messages), row.rejected.trained) == ([ASK, other], [False, True])
+    (row,) = rows_of({"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert isinstance(row, PairRow) and row.rejected == TextRow(place="d.jsonl:1", prompt="a", text="c")
+    with pytest.raises(ParameterError, match="d.jsonl:1: chosen and rejected are two texts behind a prompt"):
+        rows_of({"chosen": "b", "rejected": "c"})
 
 
 def test_unused_columns_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

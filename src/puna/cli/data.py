@@ -33,7 +33,7 @@ def preview(
     rows: Annotated[int, typer.Option(metavar="N", help="Rows to show; 0: all.")] = 3,
     data_format: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="messages, prompt-completion, text, alpaca or sharegpt."),
+        typer.Option(metavar="KIND", help="messages, prompt-completion, text, alpaca, sharegpt, preference."),
     ] = None,
     chat_format: Annotated[str | None, typer.Option(metavar="NAME", help="A built-in chat format.")] = None,
     color: Annotated[
@@ -48,7 +48,7 @@ def preview(
     from puna.text.tokenizer import load_tokenizer
     from puna.train.data_files import read_records
     from puna.train.encoding import ChatRendering, encode_row
-    from puna.train.rows import DataFormat, read_rows
+    from puna.train.rows import DataFormat, PairRow, read_rows
 
     if rows < 0:
         raise ParameterError(f"rows must be at least 0, got {rows}")
@@ -56,13 +56,18 @@ def preview(
     records = read_records([file])
     chosen = read_rows(records[: rows or None], cast(DataFormat | None, data_format))
     in_color = sys.stdout.isatty() if color is None else color
-    examples = [encode_row(row, tokenizer, ChatRendering(chat_format=chat_format)) for row in chosen]
+    plain = [
+        part
+        for row in chosen
+        for part in ((row.chosen, row.rejected) if isinstance(row, PairRow) else (row,))
+    ]
+    examples = [encode_row(row, tokenizer, ChatRendering(chat_format=chat_format)) for row in plain]
     for example in examples:
         typer.echo(f"{example.place}: {len(example.ids)} tokens, {example.num_trained} trained")
         typer.echo("".join(_pieces(example, tokenizer, in_color=in_color)) + "\n", color=in_color)
     tokens, trained = (sum(counts) for counts in zip(*map(_counts, examples), strict=True))
     share = 100 * trained / tokens
-    typer.echo(f"{len(examples)} of {len(records)} rows: {tokens} tokens, {trained} trained ({share:.1f}%)")
+    typer.echo(f"{len(chosen)} of {len(records)} rows: {tokens} tokens, {trained} trained ({share:.1f}%)")
 
 
 def _counts(example: Example) -> tuple[int, int]:

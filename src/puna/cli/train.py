@@ -31,6 +31,8 @@ def train(
     data: Annotated[list[str] | None, _option("A .jsonl, .json or .csv file; repeatable.", "FILE")] = None,
     output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
     method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
+    objective: Annotated[str | None, _option("sft (default), or dpo on pairs of answers.", "NAME")] = None,
+    beta: Annotated[float | None, _option("Of dpo: what moving away from the model costs [0.1].")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
@@ -135,15 +137,17 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
     share = 100 * plan.trained_parameters / plan.parameters
     rank = "" if config.method == "full" else f", rank {config.lora.r}, alpha {config.lora.lora_alpha:g}"
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    full = 100 * plan.num_tokens / (len(plan.packs) * config.max_length)
+    capacity = config.max_length * (2 if config.objective == "dpo" else 1)
+    full = 100 * plan.num_tokens / (len(plan.packs) * capacity)
     unit = "packs" if config.packing else "rows"
     rows = {
         "model": f"{config.model}, {str(plan.dtype).removeprefix('torch.')} on {plan.device}",
         "method": f"{config.method}{rank}: {trained} ({share:.2f}%)",
+        **({"objective": f"{config.objective}, beta {config.beta:g}"} if config.objective != "sft" else {}),
         "data": f"{plan.num_rows:,} rows, {plan.num_tokens:,} tokens, {plan.num_trained:,} trained "
         f"({100 * plan.num_trained / plan.num_tokens:.1f}%)",
         **({"measured": _measured(plan)} if plan.eval_examples else {}),
-        unit: f"{len(plan.packs):,} of at most {config.max_length:,} tokens"
+        unit: f"{len(plan.packs):,} of at most {capacity:,} tokens"
         + (f" ({full:.1f}% full)" if config.packing else ""),
         "steps": f"{plan.total_steps:,} of at most {per_step} {unit}; {plan.steps_per_epoch:,} an epoch",
         "learning rate": f"{config.rate:g}, {config.lr_scheduler_type}, {plan.warmup_steps} steps of warmup",
@@ -179,7 +183,11 @@ class _Progress:
 
     def measured(self, metrics: EvalMetrics) -> None:
         """Take the metrics of an evaluation."""
-        measured = f"loss {metrics.eval_loss:.4f}  perplexity {metrics.eval_perplexity:.4g}"
+        measured = f"loss {metrics.eval_loss:.4f}"
+        if metrics.eval_perplexity is not None:
+            measured += f"  perplexity {metrics.eval_perplexity:.4g}"
+        if metrics.eval_accuracy is not None:
+            measured += f"  accuracy {metrics.eval_accuracy:.2f}"
         typer.echo(f"step {metrics.step}/{self.total}  measured  {measured}")
 
     def note(self, metrics: StepMetrics) -> None:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from puna.errors import ParameterError, PunaError, TemplateError
 from puna.text.chat import encode_chat
 from puna.text.tokenizer import Tokenizer
-from puna.train.rows import ChatRow, Row, TextRow
+from puna.train.rows import ChatRow, PairRow, TextRow
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ChatRendering:
 
 
 def encode_rows(
-    rows: Iterable[Row],
+    rows: Iterable[ChatRow | TextRow],
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -78,7 +78,38 @@ def encode_rows(
     return examples
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, rendering: ChatRendering | None = None) -> Example:
+def encode_pairs(
+    pairs: Iterable[PairRow],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    overlong: Overlong = "truncate",
+    rendering: ChatRendering | None = None,
+) -> list[Example]:
+    """Encode pairs: the chosen answer, then the rejected one, and so on; see `encode_rows`.
+
+    A pair is left out whole. Raises ParameterError for overlong "split" too.
+    """
+    if overlong == "split":
+        raise ParameterError("overlong 'split' is not for pairs of answers")
+    examples: list[Example] = []
+    for pair in pairs:
+        both = [encode_row(row, tokenizer, rendering) for row in (pair.chosen, pair.rejected)]
+        if both[0].ids == both[1].ids:
+            raise ParameterError(f"{pair.place}: chosen and rejected are the same")
+        if overlong == "drop" and max(len(example.ids) for example in both) > max_length:
+            continue
+        for example in both:
+            fits = len(example.ids) <= max_length
+            examples += [example] if fits else _shorten(example, max_length, overlong)
+    if not examples:
+        raise ParameterError(f"all pairs are longer than {max_length} tokens and were left out")
+    return examples
+
+
+def encode_row(
+    row: ChatRow | TextRow, tokenizer: Tokenizer, rendering: ChatRendering | None = None
+) -> Example:
     """Encode one row. Raises ParameterError naming its place."""
     try:
         if isinstance(row, TextRow):

@@ -57,6 +57,7 @@ class Batch:
     cu_seqlens: list[int]
     select: Tensor  # (trained,): the places that predict a trained token
     targets: Tensor  # (trained,): those tokens
+    owners: Tensor  # (trained,): which example each belongs to
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Batch:
@@ -64,9 +65,11 @@ class Batch:
         ids: list[int] = []
         positions: list[int] = []
         select: list[int] = []
+        owners: list[int] = []
         borders = [0]
-        for example in examples:
+        for number, example in enumerate(examples):
             start = len(ids)
+            owners += [number] * example.num_trained
             select += [start + index - 1 for index, trained in enumerate(example.trained) if trained]
             ids += example.ids
             positions += range(len(example.ids))
@@ -79,6 +82,7 @@ class Batch:
             cu_seqlens=borders,
             select=chosen,
             targets=row[chosen + 1],
+            owners=torch.tensor(owners, dtype=torch.long),
         )
 
     @property
@@ -90,6 +94,11 @@ class Batch:
     def num_trained(self) -> int:
         """Count the tokens that the loss is taken over."""
         return len(self.targets)
+
+    @property
+    def num_examples(self) -> int:
+        """Count the examples."""
+        return len(self.cu_seqlens) - 1
 
     @property
     def attention(self) -> PackedAttention:
@@ -104,4 +113,5 @@ class Batch:
             cu_seqlens=self.cu_seqlens,
             select=self.select.to(device),
             targets=self.targets.to(device),
+            owners=self.owners.to(device),
         )

@@ -19,7 +19,7 @@ from puna.train.data_files import Record
 
 logger = logging.getLogger(__name__)
 
-DataFormat = Literal["messages", "prompt-completion", "text", "alpaca", "sharegpt"]
+DataFormat = Literal["messages", "prompt-completion", "text", "alpaca", "sharegpt", "preference"]
 FORMATS: tuple[str, ...] = get_args(DataFormat)
 
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what a row must have, what it may have
@@ -27,11 +27,10 @@ _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what a row m
     "sharegpt": (("conversations",), ("system", "tools")),
     "prompt-completion": (("prompt", "completion"), ("tools",)),
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "preference": (("chosen", "rejected"), ("prompt", "tools")),
     "text": (("text",), ()),
 }
 _OTHER_METHODS = {
-    "chosen": "preference pairs (chosen, rejected) are for DPO",
-    "rejected": "preference pairs (chosen, rejected) are for DPO",
     "kto_tag": "labels on answers are for KTO",
     "completions": "judged steps are for reward models",
 }
@@ -67,7 +66,16 @@ class TextRow:
     prompt: str = ""
 
 
-Row = ChatRow | TextRow
+@dataclass(frozen=True, kw_only=True)
+class PairRow:
+    """Hold two answers to the same prompt; only what follows the prompt is compared."""
+
+    place: str
+    chosen: ChatRow | TextRow
+    rejected: ChatRow | TextRow
+
+
+Row = ChatRow | TextRow | PairRow
 
 
 def read_rows(records: Iterable[Record], data_format: DataFormat | None = None) -> list[Row]:
@@ -151,7 +159,7 @@ def _tools(record: Record) -> Any:
     return tools
 
 
-def _prompt_row(record: Record) -> Row:
+def _prompt_row(record: Record) -> ChatRow | TextRow:
     prompt, completion = record.values["prompt"], record.values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         before, _ = _weighed(prompt, f"{record.place}: prompt")
@@ -167,6 +175,35 @@ def _prompt_row(record: Record) -> Row:
 
 def _text_row(record: Record) -> TextRow:
     return TextRow(place=record.place, text=_string(record, "text", filled=True))
+
+
+def _preference_row(record: Record) -> PairRow:
+    parts = {key: record.values[key] for key in ("chosen", "rejected")}
+    prompt = record.values.get("prompt")
+    if all(isinstance(part, list) for part in parts.values()) and isinstance(prompt, list | None):
+        if prompt is None:  # both are whole conversations, which begin alike
+            prompt = _common_messages(*parts.values())
+            parts = {key: part[len(prompt) :] for key, part in parts.items()}
+        answers = (Record(values={**record.values, "prompt": prompt, "completion": p}, place=record.place)
+                   for p in parts.values())  # fmt: skip
+    elif isinstance(prompt, str) and all(isinstance(part, str) for part in parts.values()):
+        answers = (
+            Record(values={"prompt": prompt, "completion": p}, place=record.place) for p in parts.values()
+        )
+    else:
+        raise ParameterError(
+            f"{record.place}: chosen and rejected are two texts behind a prompt, or two lists of messages"
+        )
+    chosen, rejected = (_prompt_row(answer) for answer in answers)
+    return PairRow(place=record.place, chosen=chosen, rejected=rejected)
+
+
+def _common_messages(chosen: Sequence[Any], rejected: Sequence[Any]) -> list[Any]:
+    """Return the messages that two conversations begin with, but never all of one."""
+    count = 0
+    while count + 1 < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    return list(chosen[:count])
 
 
 def _alpaca_row(record: Record) -> ChatRow:
@@ -238,5 +275,6 @@ _READERS: Mapping[str, Callable[[Record], Row]] = {
     "sharegpt": _sharegpt_row,
     "prompt-completion": _prompt_row,
     "alpaca": _alpaca_row,
+    "preference": _preference_row,
     "text": _text_row,
 }

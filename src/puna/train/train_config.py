@@ -22,6 +22,7 @@ from puna.train.rows import FORMATS, DataFormat
 from puna.train.schedules import SCHEDULES
 
 Method = Literal["full", "lora", "qlora"]
+Objective = Literal["sft", "dpo"]
 
 DEFAULT_LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -36,7 +37,7 @@ _OTHER_NAMES = {
 # Names of other trainers, for things that are not there.
 _UNSUPPORTED = frozenset(
     """
-    activation_offloading assistant_only_loss auto_find_batch_size beta completion_only_loss dataset_name
+    activation_offloading assistant_only_loss auto_find_batch_size completion_only_loss dataset_name
     deepspeed early_stopping_patience eval_packing eval_steps eval_strategy fp16 fsdp group_by_length
     label_smoothing_factor loraplus_lr_ratio loss_type neftune_noise_alpha optim
     packing_strategy pad_token per_device_eval_batch_size push_to_hub report_to torch_compile
@@ -55,6 +56,8 @@ class TrainConfig:
     output: str
     method: Method = "lora"
     lora: LoraConfig = field(default_factory=lambda: DEFAULT_LORA)  # not for method "full"
+    objective: Objective = "sft"  # dpo: learn to prefer the chosen answer of each pair
+    beta: float = 0.1  # of dpo: how dear it is to move away from the base model
     merge: bool = False  # also write the model with the adapter in its weights, OUTPUT/merged
     # data
     data_format: DataFormat | None = None  # None: seen from each row's keys
@@ -76,7 +79,7 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     seed: int = 42
     # optimiser: AdamW
-    learning_rate: float | None = None  # None: 2e-5 for method "full", 2e-4 for adapters
+    learning_rate: float | None = None  # None: 2e-5 for method "full", 2e-4 for adapters, 5e-6 for dpo
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0  # below 1 a share of all steps
@@ -99,6 +102,7 @@ class TrainConfig:
             raise ParameterError("data: at least one file is needed")
         choices: dict[str, tuple[Any, ...]] = {
             "method": get_args(Method),
+            "objective": get_args(Objective),
             "overlong": get_args(Overlong),
             "data_format": (None, *FORMATS),
             "dtype": _DTYPES,
@@ -113,6 +117,10 @@ class TrainConfig:
             )
         if self.chat_format is not None and self.chat_template is not None:
             raise ParameterError("chat_format and chat_template: give one of them")
+        if self.objective == "dpo" and self.method == "full":
+            raise UnsupportedError(
+                "objective 'dpo' needs method lora or qlora: the base is what it compares with"
+            )
         if self.merge and self.method == "full":
             raise ParameterError("merge is for adapters: method 'full' writes a whole model anyway")
         if not _is_number(self.eval_split) or not 0 <= self.eval_split < 1:
@@ -139,7 +147,12 @@ class TrainConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < bound:
                 raise ParameterError(f"{name} must be a whole number of at least {bound}, got {value!r}")
-        for name in ("num_train_epochs", "adam_epsilon", *(["learning_rate"] if self.learning_rate else [])):
+        for name in (
+            "num_train_epochs",
+            "adam_epsilon",
+            "beta",
+            *(["learning_rate"] if self.learning_rate else []),
+        ):
             if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ParameterError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
@@ -162,6 +175,8 @@ class TrainConfig:
     @property
     def rate(self) -> float:
         """Return the learning rate at its highest."""
+        if self.learning_rate is None and self.objective == "dpo":
+            return 5e-6
         if self.learning_rate is None:
             return 2e-5 if self.method == "full" else 2e-4
         return self.learning_rate

@@ -16,13 +16,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from puna.errors import ParameterError
@@ -36,6 +36,8 @@ from puna.train.checkpoints import (
     save_checkpoint,
 )
 from puna.train.losses import batch_loss
+from puna.train.packing import Batch
+from puna.train.preference import pair_losses
 from puna.train.schedules import Schedule, make_schedule
 from puna.train.train_config import TrainConfig
 from puna.train.training_plan import TrainingPlan, make_plan
@@ -67,6 +69,8 @@ class StepMetrics:
     tokens: int
     trained_tokens: int
     seconds: float
+    margin: float | None = None  # of pairs: how far the chosen answers are ahead, times beta
+    accuracy: float | None = None  # of pairs: the share where they are ahead
     peak_memory: int | None = None  # bytes on the accelerator
 
 
@@ -76,8 +80,9 @@ class EvalMetrics:
 
     step: int
     eval_loss: float  # mean over all trained tokens of the rows that are measured
-    eval_perplexity: float
     eval_seconds: float
+    eval_perplexity: float | None = None
+    eval_accuracy: float | None = None  # of pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,17 @@ class TrainResult:
     def is_finished(self) -> bool:
         """Say whether all steps were done: False after Ctrl-C."""
         return self.step == self.total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Hold what a training works with once the model is loaded."""
+
+    network: Llama
+    peft_model: PeftModel | None
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    schedule: Schedule
 
 
 class Trainer:
@@ -131,14 +147,19 @@ class Trainer:
             self.plan.require_memory()
         network, peft_model = self._load()
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        optimizer = make_optimizer(parameters, self.config)
-        schedule = self._schedule()
-        step = self._go_on(parameters, optimizer) if resume else 0
+        run = _Run(
+            network=network,
+            peft_model=peft_model,
+            parameters=parameters,
+            optimizer=make_optimizer(parameters, self.config),
+            schedule=self._schedule(),
+        )
+        step = self._go_on(run) if resume else 0
         _cut_metrics(self.output / METRICS_FILE, step)
         loss = None
         with gradient_checkpointing(network, enabled=self.config.gradient_checkpointing), _CtrlC() as stop:
             while step < self.plan.total_steps and not stop.wanted:
-                metrics = self._step(network, parameters, optimizer, schedule, step)
+                metrics = self._step(run, step)
                 step, loss = metrics.step, metrics.loss
                 self._write_line(metrics)
                 if self.on_step is not None:
@@ -146,14 +167,14 @@ class Trainer:
                 is_last = step == self.plan.total_steps
                 is_due = is_last or (self.config.save_steps > 0 and step % self.config.save_steps == 0)
                 if is_due:
-                    self._evaluate(network, step)
+                    self._evaluate(run, step)
                 if is_due or stop.wanted:
-                    self._save(network, peft_model, parameters, optimizer, step)
+                    self._save(run, step)
         best_step, best_loss = self._best
         if step == self.plan.total_steps:
             if self.config.load_best_model_at_end and best_step is not None:
                 restore_parameters(checkpoint_folder(self.output, best_step), parameters)
-            self._write_result(network, peft_model)
+            self._write_result(run)
         return TrainResult(
             output=self.output,
             step=step,
@@ -200,73 +221,87 @@ class Trainer:
             settings=self.config.lr_scheduler_kwargs,
         )
 
-    def _go_on(self, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> int:
+    def _go_on(self, run: _Run) -> int:
         """Restore the latest checkpoint, if there is one, and return its step."""
         if self.checkpoint is None or self.before is None:
             return 0
-        restore(self.checkpoint, parameters, optimizer)
+        restore(self.checkpoint, run.parameters, run.optimizer)
         return min(self.before.step, self.plan.total_steps)
 
     # -- a step
 
-    def _step(
-        self,
-        network: Llama,
-        parameters: dict[str, nn.Parameter],
-        optimizer: Optimizer,
-        schedule: Schedule,
-        step: int,
-    ) -> StepMetrics:
+    def _step(self, run: _Run, step: int) -> StepMetrics:
         """Compute the gradients of a step's batches and move the parameters once."""
         began = time.perf_counter()
         batches = self.plan.micro_batches(step)
-        num_trained = sum(batch.num_trained for batch in batches)
-        total = 0.0
+        count = sum(map(self._count, batches))
+        total, margins = 0.0, []
         for batch in batches:
-            loss = batch_loss(network, batch.to(self.plan.device)) / num_trained
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss, margin = self._loss(run, batch)
+            (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+            margins += margin
         if not math.isfinite(total):
             raise ParameterError(f"the loss of step {step + 1} is {total}: try a lower learning_rate")
         if step == 0:
-            _warn_of_untrained(parameters)
+            _warn_of_untrained(run.parameters)
         bound = self.config.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters.values(), bound)
-        rate = self.config.rate * schedule(step)
-        for group in optimizer.param_groups:
+        norm = nn.utils.clip_grad_norm_(run.parameters.values(), bound)
+        rate = self.config.rate * run.schedule(step)
+        for group in run.optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
         return StepMetrics(
             step=step + 1,
             epoch=round((step + 1) / self.plan.steps_per_epoch, 4),
-            loss=total,
+            loss=total / count,
             learning_rate=rate,
             grad_norm=norm.item(),
             tokens=sum(batch.num_tokens for batch in batches),
-            trained_tokens=num_trained,
+            trained_tokens=sum(batch.num_trained for batch in batches),
             seconds=time.perf_counter() - began,
+            margin=_mean(margins),
+            accuracy=_mean([margin > 0 for margin in margins]),
             peak_memory=_peak_memory(self.plan.device),
         )
 
+    def _loss(self, run: _Run, batch: Batch) -> tuple[Tensor, list[float]]:
+        """Return the summed loss of a batch, and of pairs how far the chosen answers are ahead."""
+        batch = batch.to(self.plan.device)
+        if self.config.objective == "sft" or run.peft_model is None:
+            return batch_loss(run.network, batch), []
+        losses = pair_losses(run.peft_model, batch, self.config.beta)
+        return losses.loss, losses.margins.tolist()
+
+    def _count(self, batch: Batch) -> int:
+        """Count what the loss is the mean over: trained tokens, or pairs."""
+        return batch.num_trained if self.config.objective == "sft" else batch.num_examples // 2
+
     @torch.no_grad()
-    def _evaluate(self, network: Llama, step: int) -> None:
+    def _evaluate(self, run: _Run, step: int) -> None:
         """Measure the rows that are held out, and remember the best step."""
         if not self.plan.eval_examples:
             return
         began = time.perf_counter()
-        network.eval()
-        total, count = 0.0, 0
+        run.network.eval()
+        total, count, margins = 0.0, 0, []
         for batch in self.plan.eval_batches():
-            total += batch_loss(network, batch.to(self.plan.device)).item()
-            count += batch.num_trained
-        network.train()
+            part, margin = self._loss(run, batch)
+            total += part.item()
+            count += self._count(batch)
+            margins += margin
+        run.network.train()
         loss = total / count
         if self._best[1] is None or loss < self._best[1]:
             self._best = (step, loss)
-        perplexity = math.exp(min(loss, 700))  # beyond, no float has it
-        seconds = time.perf_counter() - began
-        metrics = EvalMetrics(step=step, eval_loss=loss, eval_perplexity=perplexity, eval_seconds=seconds)
+        metrics = EvalMetrics(
+            step=step,
+            eval_loss=loss,
+            eval_perplexity=None if margins else math.exp(min(loss, 700)),  # beyond, no float has it
+            eval_accuracy=_mean([margin > 0 for margin in margins]),
+            eval_seconds=time.perf_counter() - began,
+        )
         self._write_line(metrics)
         if self.on_eval is not None:
             self.on_eval(metrics)
@@ -279,14 +314,7 @@ class Trainer:
 
     # -- files
 
-    def _save(
-        self,
-        network: Llama,
-        peft_model: PeftModel | None,
-        parameters: dict[str, nn.Parameter],
-        optimizer: Optimizer,
-        step: int,
-    ) -> None:
+    def _save(self, run: _Run, step: int) -> None:
         """Write a checkpoint; an adapter's is a PEFT folder too."""
         best_step, best_loss = self._best
         state = TrainerState(
@@ -299,18 +327,18 @@ class Trainer:
 
         def write(folder: Path) -> None:
             folder.mkdir()
-            if peft_model is not None:
-                peft_model.save_pretrained(folder)
-            write_state(folder, state, dict(parameters), optimizer)
+            if run.peft_model is not None:
+                run.peft_model.save_pretrained(folder)
+            write_state(folder, state, dict(run.parameters), run.optimizer)
 
         save_checkpoint(self.output, step, write, limit=self.config.save_total_limit, best=best_step)
 
-    def _write_result(self, network: Llama, peft_model: PeftModel | None) -> None:
+    def _write_result(self, run: _Run) -> None:
         """Write an adapter in PEFT's files, or a whole model as a Hugging Face folder."""
-        if peft_model is None:
-            _write_into(network, self.plan.path, self.output)
+        if run.peft_model is None:
+            _write_into(run.network, self.plan.path, self.output)
             return
-        peft_model.save_pretrained(self.output)
+        run.peft_model.save_pretrained(self.output)
         if self.config.merge:
             base = load_model(self.plan.path)
             merged = PeftModel.from_pretrained(base, self.output).merge_and_unload(safe_merge=True)
@@ -340,6 +368,10 @@ def _warn_of_untrained(parameters: dict[str, nn.Parameter]) -> None:
     idle = [name for name, parameter in parameters.items() if parameter.grad is None]
     if idle:
         logger.warning("the first step gave %d parameters no gradient, such as %s", len(idle), idle[0])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -25,9 +25,9 @@ from puna.text.chat import choose_template
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.train.base_model import choose_device, choose_dtype, is_packed
 from puna.train.data_files import read_records
-from puna.train.encoding import ChatRendering, Example, encode_rows
+from puna.train.encoding import ChatRendering, Example, encode_pairs, encode_rows
 from puna.train.packing import Batch, epoch_order, pack
-from puna.train.rows import Row, read_rows
+from puna.train.rows import PairRow, Row, read_rows
 from puna.train.train_config import TrainConfig
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
 from puna.weights.loader import Checkpoint, empty_model, open_checkpoint
@@ -185,15 +185,18 @@ def encode_data(
         raise ParameterError(
             f"max_length {config.max_length} is above the model's context of {model.context_length} tokens"
         )
-    examples = encode_rows(
-        rows,
-        tokenizer,
-        max_length=config.max_length,
-        overlong=config.overlong,
-        rendering=ChatRendering(
-            template=config.chat_template, chat_format=config.chat_format, date=config.date
-        ),
-    )
+    rendering = ChatRendering(template=config.chat_template, chat_format=config.chat_format, date=config.date)
+    pairs = [row for row in rows if isinstance(row, PairRow)]
+    plain = [row for row in rows if not isinstance(row, PairRow)]
+    length, overlong = config.max_length, config.overlong
+    if config.objective == "dpo" and plain:
+        raise ParameterError(f"{plain[0].place}: objective 'dpo' needs pairs: chosen and rejected")
+    if config.objective == "sft" and pairs:
+        raise ParameterError(f"{pairs[0].place}: pairs (chosen, rejected) are for objective 'dpo'")
+    if pairs:
+        examples = encode_pairs(pairs, tokenizer, max_length=length, overlong=overlong, rendering=rendering)
+    else:
+        examples = encode_rows(plain, tokenizer, max_length=length, overlong=overlong, rendering=rendering)
     for example in examples:
         if max(example.ids) >= model.vocab_size:
             raise ParameterError(
@@ -220,9 +223,12 @@ def steps_of_epoch(config: TrainConfig, num_packs: int) -> int:
 
 
 def _packs(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
-    if not config.packing:
-        return [[index] for index in range(len(examples))]
-    return pack([len(example.ids) for example in examples], config.max_length)
+    size = 2 if config.objective == "dpo" else 1  # both answers of a pair stay together
+    units = [range(start, start + size) for start in range(0, len(examples), size)]
+    lengths = [sum(len(examples[index].ids) for index in unit) for unit in units]
+    capacity = size * config.max_length
+    packs = pack(lengths, capacity) if config.packing else [[number] for number in range(len(units))]
+    return [[index for number in members for index in units[number]] for members in packs]
 
 
 def _most_tokens(config: TrainConfig, examples: Sequence[Example], packs: Sequence[Sequence[int]]) -> int:
