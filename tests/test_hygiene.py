@@ -119,6 +119,8 @@ def test_public_names() -> None:
         "StructuredOutputsParams",
         "TextPrompt",
         "TokensPrompt",
+        "TrainConfig",
+        "Trainer",
         "__version__",
         "get_peft_model",
     ]

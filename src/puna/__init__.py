@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from puna.peft_model import get_peft_model as get_peft_model
     from puna.prompts import TextPrompt as TextPrompt
     from puna.prompts import TokensPrompt as TokensPrompt
+    from puna.train.train_config import TrainConfig as TrainConfig
+    from puna.train.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,8 @@ _PUBLIC = {
     "StructuredOutputsParams": "puna.engine.sampling",
     "TextPrompt": "puna.prompts",
     "TokensPrompt": "puna.prompts",
+    "TrainConfig": "puna.train.train_config",
+    "Trainer": "puna.train.trainer",
     "get_peft_model": "puna.peft_model",
 }
 
@@ -81,6 +85,8 @@ __all__ = [
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
+    "TrainConfig",
+    "Trainer",
     "__version__",
     "get_peft_model",
 ]

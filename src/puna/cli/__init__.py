@@ -1,4 +1,4 @@
-"""The command line: `puna run`, `puna show`.
+"""The command line: `puna run`, `puna show`, `puna train`.
 
 One module per group of verbs, which parse and print; the work is done below. Importing this package imports
 neither torch nor rich: `puna --help` has to answer at once, so commands import what they run when they run.

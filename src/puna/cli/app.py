@@ -11,9 +11,11 @@ import typer
 
 import puna
 from puna.cli.adapter import adapter
+from puna.cli.data import data
 from puna.cli.measure import bench
 from puna.cli.run import run
 from puna.cli.show import show
+from puna.cli.train import train
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -23,8 +25,10 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(show)
+app.command()(train)
 app.add_typer(adapter)
 app.add_typer(bench)
+app.add_typer(data)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,222 @@
+"""`puna train`: settings from a file and from options, the plan of a training, and how far it is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from puna.cli.threads import Threads, use_threads
+
+if TYPE_CHECKING:
+    from puna.train.train_config import TrainConfig
+    from puna.train.trainer import EvalMetrics, StepMetrics, TrainResult
+    from puna.train.training_plan import TrainingPlan
+
+_OWN = ("config", "dry_run", "resume", "force", "threads")
+
+
+def _option(text: str, metavar: str = "N", *names: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=text, show_default=False)
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .json file of settings.")
+    ] = None,
+    model: Annotated[str | None, _option("The model to begin with.", "MODEL")] = None,
+    data: Annotated[list[str] | None, _option("A .jsonl, .json or .csv file; repeatable.", "FILE")] = None,
+    output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
+    method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
+    objective: Annotated[str | None, _option("sft (default), or dpo on pairs of answers.", "NAME")] = None,
+    beta: Annotated[float | None, _option("Of dpo: what moving away from the model costs [0.1].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with changed settings; begin with too little memory.")
+    ] = False,
+    merge: Annotated[
+        bool | None, typer.Option("--merge", help="Also write the model with the adapter in it.")
+    ] = None,
+    lora_r: Annotated[int | None, _option("Rank of the adapter [16].")] = None,
+    lora_alpha: Annotated[float | None, _option("Alpha of the adapter [32].")] = None,
+    lora_dropout: Annotated[float | None, _option("Dropout before the adapter [0].", "P")] = None,
+    lora_target_modules: Annotated[
+        list[str] | None, _option("Modules that get one [all-linear]; repeatable.", "NAME")
+    ] = None,
+    data_format: Annotated[
+        str | None, _option("messages, prompt-completion, text, alpaca or sharegpt [seen from keys].", "KIND")
+    ] = None,
+    chat_format: Annotated[str | None, _option("A built-in chat format [the model's own].", "NAME")] = None,
+    max_length: Annotated[int | None, _option("Most tokens of a row, and of a pack of rows [1024].")] = None,
+    overlong: Annotated[
+        str | None, _option("Of longer rows: truncate (default), drop, split or error.", "WHAT")
+    ] = None,
+    eval_data: Annotated[list[str] | None, _option("Rows to measure, not train; repeatable.", "FILE")] = None,
+    eval_split: Annotated[float | None, _option("Or the share of the data to measure.", "P")] = None,
+    load_best_model_at_end: Annotated[
+        bool | None, typer.Option("--load-best-model-at-end", help="Write the checkpoint that measured best.")
+    ] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Put several rows in a pack [yes].")
+    ] = None,
+    num_train_epochs: Annotated[float | None, _option("How often all rows are seen [3].")] = None,
+    max_steps: Annotated[int | None, _option("Steps, instead of epochs.")] = None,
+    per_device_train_batch_size: Annotated[int | None, _option("Packs computed at once [1].")] = None,
+    gradient_accumulation_steps: Annotated[int | None, _option("Batches of a step [8].")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time [yes]."
+        ),
+    ] = None,
+    learning_rate: Annotated[float | None, _option("At its highest [2e-4; 2e-5 for full].", "RATE")] = None,
+    lr_scheduler_type: Annotated[
+        str | None, _option("linear (default), cosine, constant, constant_with_warmup, ...", "NAME")
+    ] = None,
+    warmup_steps: Annotated[float | None, _option("Steps in which it rises; below 1 a share [0].")] = None,
+    weight_decay: Annotated[float | None, _option("Decay of AdamW [0].", "W")] = None,
+    max_grad_norm: Annotated[float | None, _option("Clip gradients to this norm [1]; 0: do not.")] = None,
+    seed: Annotated[int | None, _option("Seed of adapters, order and dropout [42].")] = None,
+    dtype: Annotated[
+        str | None, _option("float32, bfloat16 [full: float32; else the model's].", "TYPE")
+    ] = None,
+    device: Annotated[str | None, _option("cpu, cuda, cuda:1, ... [the first accelerator].", "NAME")] = None,
+    save_steps: Annotated[int | None, _option("Steps between checkpoints [500]; 0: one at the end.")] = None,
+    save_total_limit: Annotated[int | None, _option("Checkpoints that are kept [2].")] = None,
+    threads: Threads = None,
+) -> None:
+    """Train a model, or an adapter for it.
+
+    Options override what CONFIG says. The output is an adapter in PEFT's files or, for method full, a Hugging
+    Face folder; metrics.jsonl there has a line for each step. Ctrl-C saves and ends; --resume goes on.
+    """
+    options = context.params.items()
+    given = {name: value for name, value in options if name not in _OWN and value not in (None, (), [])}
+    settings = _settings(config, given)
+    use_threads(threads)
+    from puna.train.trainer import Trainer
+
+    progress = _Progress()
+    trainer = Trainer(settings, on_step=progress.note, on_eval=progress.measured)
+    typer.echo("\n".join(plan_lines(trainer.plan)))
+    if dry_run:
+        trainer.plan.require_memory()
+        return
+    progress.total = trainer.plan.total_steps
+    result = trainer.train(resume=resume, force=force)
+    typer.echo(_ending(result, trainer.config))
+    if not result.is_finished:
+        raise typer.Exit(130)
+
+
+def _settings(path: Path | None, given: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a file with those given in their place."""
+    from puna.train.train_config import TrainConfig, read_config_file
+
+    values = {} if path is None else read_config_file(path)
+    lora = {name.removeprefix("lora_"): given.pop(name) for name in list(given) if name.startswith("lora_")}
+    lora = {{"alpha": "lora_alpha", "dropout": "lora_dropout"}.get(name, name): v for name, v in lora.items()}
+    if lora.get("target_modules"):
+        names = [name for value in lora["target_modules"] for name in value.split(",")]
+        lora["target_modules"] = names[0] if names == ["all-linear"] else names
+    if lora:
+        values["lora"] = {**(values.get("lora") or {}), **lora}
+    return TrainConfig.from_dict({**values, **given})
+
+
+def plan_lines(plan: TrainingPlan) -> list[str]:
+    """Return what a training will be, as lines of a table."""
+    config = plan.config
+    trained = f"{plan.trained_parameters:,} of {plan.parameters:,} parameters trained"
+    share = 100 * plan.trained_parameters / plan.parameters
+    rank = "" if config.method == "full" else f", rank {config.lora.r}, alpha {config.lora.lora_alpha:g}"
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    capacity = config.max_length * (2 if config.objective == "dpo" else 1)
+    full = 100 * plan.num_tokens / (len(plan.packs) * capacity)
+    unit = "packs" if config.packing else "rows"
+    rows = {
+        "model": f"{config.model}, {str(plan.dtype).removeprefix('torch.')} on {plan.device}",
+        "method": f"{config.method}{rank}: {trained} ({share:.2f}%)",
+        **({"objective": f"{config.objective}, beta {config.beta:g}"} if config.objective != "sft" else {}),
+        "data": f"{plan.num_rows:,} rows, {plan.num_tokens:,} tokens, {plan.num_trained:,} trained "
+        f"({100 * plan.num_trained / plan.num_tokens:.1f}%)",
+        **({"measured": _measured(plan)} if plan.eval_examples else {}),
+        unit: f"{len(plan.packs):,} of at most {capacity:,} tokens"
+        + (f" ({full:.1f}% full)" if config.packing else ""),
+        "steps": f"{plan.total_steps:,} of at most {per_step} {unit}; {plan.steps_per_epoch:,} an epoch",
+        "learning rate": f"{config.rate:g}, {config.lr_scheduler_type}, {plan.warmup_steps} steps of warmup",
+        "memory": f"about {_size(plan.total_memory)}; {_size(plan.free)} are free",
+        **{f"  {part}": _size(size) for part, size in plan.memory.items()},
+        "output": str(config.output),
+    }
+    width = max(map(len, rows))
+    return [f"  {name.ljust(width)}    {text}" for name, text in rows.items()]
+
+
+def _measured(plan: TrainingPlan) -> str:
+    trained = sum(example.num_trained for example in plan.eval_examples)
+    return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, with each checkpoint"
+
+
+def _size(number: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number / 1e3:.1f} kB"
+
+
+class _Progress:
+    """Print a line about a step, at most one a second, and the last one."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._printed = -1.0
+        self._seconds = 0.0
+        self._tokens = 0
+        self._steps = 0
+
+    def measured(self, metrics: EvalMetrics) -> None:
+        """Take the metrics of an evaluation."""
+        measured = f"loss {metrics.eval_loss:.4f}"
+        if metrics.eval_perplexity is not None:
+            measured += f"  perplexity {metrics.eval_perplexity:.4g}"
+        if metrics.eval_accuracy is not None:
+            measured += f"  accuracy {metrics.eval_accuracy:.2f}"
+        typer.echo(f"step {metrics.step}/{self.total}  measured  {measured}")
+
+    def note(self, metrics: StepMetrics) -> None:
+        """Take the metrics of a step."""
+        self._seconds += metrics.seconds
+        self._tokens += metrics.tokens
+        self._steps += 1
+        now = time.monotonic()
+        if now - self._printed < 1 and self._printed >= 0 and metrics.step != self.total:
+            return
+        self._printed = now
+        left = self._seconds / self._steps * (self.total - metrics.step)
+        typer.echo(
+            f"step {metrics.step}/{self.total}  epoch {metrics.epoch:.2f}  loss {metrics.loss:.4f}  "
+            f"lr {metrics.learning_rate:.3g}  norm {metrics.grad_norm:.3g}  "
+            f"{self._tokens / self._seconds:,.0f} tokens/s  {_duration(left)} left"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _ending(result: TrainResult, config: TrainConfig) -> str:
+    if not result.is_finished:
+        return f"stopped after step {result.step} of {result.total_steps}; go on with --resume"
+    if config.method == "full":
+        return f"wrote {result.output}: a model"
+    merged = f", and the model with it in {result.output / 'merged'}" if config.merge else ""
+    return f"wrote {result.output}: an adapter{merged}"

@@ -1,0 +1,86 @@
+"""The loss of a batch, without ever holding the logits of all its tokens.
+
+Cross entropy in float32, summed over the trained tokens. Hidden states go through the output head a few rows
+at a time, and gradients are computed on the way, for the hidden states and for whatever is trained of the
+head: its weight, the embedding it is tied to, an adapter on it. The idea is that of Liger's fused linear
+cross entropy (arXiv 2410.10989), in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from puna.model.llama import Llama
+from puna.train.packing import Batch
+
+CHUNK_ROWS = 256
+
+
+def batch_loss(network: Llama, batch: Batch, *, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+    """Return the sum of the losses of a batch's trained tokens, () in float32, for `backward`."""
+    hidden = network.hidden_states(batch.input_ids, batch.positions, batch.attention, select=batch.select)
+    return chunked_cross_entropy(network, hidden, batch.targets, chunk_rows=chunk_rows)
+
+
+def chunked_cross_entropy(
+    network: Llama, hidden: Tensor, targets: Tensor, *, chunk_rows: int = CHUNK_ROWS
+) -> Tensor:
+    """Return the summed cross entropy of `targets`, (rows,), under the logits of `hidden`, (rows, hidden).
+
+    Takes the memory of `chunk_rows` rows of logits, some times over.
+    """
+    parameters = [parameter for parameter in _head_parameters(network) if parameter.requires_grad]
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or parameters):
+        starts = range(0, len(hidden), chunk_rows)
+        slices = [slice(start, start + chunk_rows) for start in starts]
+        parts = [_cross_entropy(network, hidden[rows], targets[rows]).detach() for rows in slices]
+        return torch.stack(parts).sum() if parts else hidden.new_zeros((), dtype=torch.float32)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, network, chunk_rows, *parameters)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _cross_entropy(network: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(network.logits(hidden).float(), targets, reduction="sum")
+
+
+def _head_parameters(network: Llama) -> list[nn.Parameter]:
+    """Return what logits may depend on: the head's parameters, and the embedding's where they are tied."""
+    found = [] if network.lm_head is None else list(network.lm_head.parameters())
+    if network.config.tie_word_embeddings:
+        found += list(network.model.embed_tokens.parameters())
+    return list(dict.fromkeys(found))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Compute loss and gradients chunk by chunk in the forward pass; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, network: Llama, chunk_rows: int, *parameters: nn.Parameter
+    ) -> Tensor:
+        grad_hidden = torch.empty_like(hidden)
+        grads = [torch.zeros_like(parameter) for parameter in parameters]
+        losses = []
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            with torch.enable_grad():
+                chunk = hidden[rows].detach().requires_grad_()
+                loss = _cross_entropy(network, chunk, targets[rows])
+                found = torch.autograd.grad(loss, [chunk, *parameters], allow_unused=True)
+            grad_hidden[rows] = found[0]
+            for total, grad in zip(grads, found[1:], strict=True):
+                if grad is not None:
+                    total += grad
+            losses.append(loss.detach())
+        ctx.save_for_backward(grad_hidden, *grads)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        hidden, *parameters = (grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (hidden, None, None, None, *parameters)

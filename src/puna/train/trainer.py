@@ -1,0 +1,426 @@
+"""Train a model, from the plan to the files it leaves: read from top to bottom, this is all that happens.
+
+A step adds up the gradients of some batches; the loss is the mean over the trained tokens of all of them, so
+that how they are cut into batches changes nothing. On the CPU a run that was stopped, or killed, and gone on
+with ends in the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from puna.errors import ParameterError
+from puna.model.llama import Llama
+from puna.peft_model import PeftModel, get_peft_model
+from puna.train.base_model import gradient_checkpointing, load_base
+from puna.train.checkpoints import (
+    checkpoint_folder,
+    list_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+)
+from puna.train.losses import batch_loss
+from puna.train.packing import Batch
+from puna.train.preference import pair_losses
+from puna.train.schedules import Schedule, make_schedule
+from puna.train.train_config import TrainConfig
+from puna.train.training_plan import TrainingPlan, make_plan
+from puna.train.training_state import (
+    TrainerState,
+    read_state,
+    require_same,
+    restore,
+    restore_parameters,
+    write_state,
+)
+from puna.weights.loader import load_model
+from puna.weights.write_hf import write_hf
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Hold what a step gave: a line of metrics.jsonl."""
+
+    step: int  # from 1 on
+    epoch: float
+    loss: float  # mean over the step's trained tokens, before the step
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    margin: float | None = None  # of pairs: how far the chosen answers are ahead, times beta
+    accuracy: float | None = None  # of pairs: the share where they are ahead
+    peak_memory: int | None = None  # bytes on the accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMetrics:
+    """Hold what an evaluation gave: a line of metrics.jsonl too."""
+
+    step: int
+    eval_loss: float  # mean over all trained tokens of the rows that are measured
+    eval_seconds: float
+    eval_perplexity: float | None = None
+    eval_accuracy: float | None = None  # of pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Say how a training ended."""
+
+    output: Path
+    step: int
+    total_steps: int
+    loss: float | None  # of the last step; None if there was none to do
+    best_step: int | None  # by evaluation
+    best_loss: float | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Say whether all steps were done: False after Ctrl-C."""
+        return self.step == self.total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Hold what a training works with once the model is loaded."""
+
+    network: Llama
+    peft_model: PeftModel | None
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    schedule: Schedule
+
+
+class Trainer:
+    """A training: `plan` says what it will be, `train` does it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        on_step: Callable[[StepMetrics], None] | None = None,
+        on_eval: Callable[[EvalMetrics], None] | None = None,
+    ) -> None:
+        """Read data and headers, not weights. Raises what is wrong with them; see `make_plan`."""
+        self.output = Path(config.output).expanduser()
+        self.on_step, self.on_eval = on_step, on_eval
+        self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
+        before = None if self.checkpoint is None else read_state(self.checkpoint)
+        began = datetime.date.today() if before is None else before.config.date
+        self.plan: TrainingPlan = make_plan(config, today=began)
+        self.config = self.plan.config
+        self.before = before
+        self._best: tuple[int | None, float | None]
+        self._best = (None, None) if before is None else (before.best_step, before.best_loss)
+
+    def train(self, *, resume: bool = False, force: bool = False) -> TrainResult:
+        """Do all steps and write the result into the output folder.
+
+        `resume` goes on from the latest checkpoint there, if there is one. Ctrl-C ends the step and saves.
+        `force` goes on although settings or data have changed, and begins although memory seems too small.
+        Raises ParameterError where the folder holds another training, or the loss is not finite.
+        """
+        self._require_place(resume=resume, force=force)
+        if not force:
+            self.plan.require_memory()
+        network, peft_model = self._load()
+        parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        run = _Run(
+            network=network,
+            peft_model=peft_model,
+            parameters=parameters,
+            optimizer=make_optimizer(parameters, self.config),
+            schedule=self._schedule(),
+        )
+        step = self._go_on(run) if resume else 0
+        _cut_metrics(self.output / METRICS_FILE, step)
+        loss = None
+        with gradient_checkpointing(network, enabled=self.config.gradient_checkpointing), _CtrlC() as stop:
+            while step < self.plan.total_steps and not stop.wanted:
+                metrics = self._step(run, step)
+                step, loss = metrics.step, metrics.loss
+                self._write_line(metrics)
+                if self.on_step is not None:
+                    self.on_step(metrics)
+                is_last = step == self.plan.total_steps
+                is_due = is_last or (self.config.save_steps > 0 and step % self.config.save_steps == 0)
+                if is_due:
+                    self._evaluate(run, step)
+                if is_due or stop.wanted:
+                    self._save(run, step)
+        best_step, best_loss = self._best
+        if step == self.plan.total_steps:
+            if self.config.load_best_model_at_end and best_step is not None:
+                restore_parameters(checkpoint_folder(self.output, best_step), parameters)
+            self._write_result(run)
+        return TrainResult(
+            output=self.output,
+            step=step,
+            total_steps=self.plan.total_steps,
+            loss=loss,
+            best_step=best_step,
+            best_loss=best_loss,
+        )
+
+    # -- before the first step
+
+    def _require_place(self, *, resume: bool, force: bool) -> None:
+        remove_leftovers(self.output)
+        if self.checkpoint is None or self.before is None:
+            return
+        if not resume:
+            raise ParameterError(f"{self.output}: holds a training: resume it, or choose another output")
+        if not force:
+            require_same(self.before, self.config, self.plan.data_hash, folder=self.checkpoint)
+
+    def _load(self) -> tuple[Llama, PeftModel | None]:
+        """Load the model, with a fresh adapter in it unless it is trained whole."""
+        network = load_base(
+            self.config, self.plan.checkpoint, dtype=self.plan.dtype, device=self.plan.device
+        ).train()
+        torch.manual_seed(self.config.seed)
+        if self.config.method == "full":
+            network.requires_grad_()
+            return network, None
+        lora = replace(
+            self.config.lora,
+            base_model_name_or_path=self.config.model,
+            task_type="CAUSAL_LM",
+            inference_mode=False,
+        )
+        return network, get_peft_model(network, lora)
+
+    def _schedule(self) -> Schedule:
+        return make_schedule(
+            self.config.lr_scheduler_type,
+            learning_rate=self.config.rate,
+            warmup_steps=self.plan.warmup_steps,
+            total_steps=self.plan.total_steps,
+            settings=self.config.lr_scheduler_kwargs,
+        )
+
+    def _go_on(self, run: _Run) -> int:
+        """Restore the latest checkpoint, if there is one, and return its step."""
+        if self.checkpoint is None or self.before is None:
+            return 0
+        restore(self.checkpoint, run.parameters, run.optimizer)
+        return min(self.before.step, self.plan.total_steps)
+
+    # -- a step
+
+    def _step(self, run: _Run, step: int) -> StepMetrics:
+        """Compute the gradients of a step's batches and move the parameters once."""
+        began = time.perf_counter()
+        batches = self.plan.micro_batches(step)
+        count = sum(map(self._count, batches))
+        total, margins = 0.0, []
+        for batch in batches:
+            loss, margin = self._loss(run, batch)
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            margins += margin
+        if not math.isfinite(total):
+            raise ParameterError(f"the loss of step {step + 1} is {total}: try a lower learning_rate")
+        if step == 0:
+            _warn_of_untrained(run.parameters)
+        bound = self.config.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(run.parameters.values(), bound)
+        rate = self.config.rate * run.schedule(step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return StepMetrics(
+            step=step + 1,
+            epoch=round((step + 1) / self.plan.steps_per_epoch, 4),
+            loss=total / count,
+            learning_rate=rate,
+            grad_norm=norm.item(),
+            tokens=sum(batch.num_tokens for batch in batches),
+            trained_tokens=sum(batch.num_trained for batch in batches),
+            seconds=time.perf_counter() - began,
+            margin=_mean(margins),
+            accuracy=_mean([margin > 0 for margin in margins]),
+            peak_memory=_peak_memory(self.plan.device),
+        )
+
+    def _loss(self, run: _Run, batch: Batch) -> tuple[Tensor, list[float]]:
+        """Return the summed loss of a batch, and of pairs how far the chosen answers are ahead."""
+        batch = batch.to(self.plan.device)
+        if self.config.objective == "sft" or run.peft_model is None:
+            return batch_loss(run.network, batch), []
+        losses = pair_losses(run.peft_model, batch, self.config.beta)
+        return losses.loss, losses.margins.tolist()
+
+    def _count(self, batch: Batch) -> int:
+        """Count what the loss is the mean over: trained tokens, or pairs."""
+        return batch.num_trained if self.config.objective == "sft" else batch.num_examples // 2
+
+    @torch.no_grad()
+    def _evaluate(self, run: _Run, step: int) -> None:
+        """Measure the rows that are held out, and remember the best step."""
+        if not self.plan.eval_examples:
+            return
+        began = time.perf_counter()
+        run.network.eval()
+        total, count, margins = 0.0, 0, []
+        for batch in self.plan.eval_batches():
+            part, margin = self._loss(run, batch)
+            total += part.item()
+            count += self._count(batch)
+            margins += margin
+        run.network.train()
+        loss = total / count
+        if self._best[1] is None or loss < self._best[1]:
+            self._best = (step, loss)
+        metrics = EvalMetrics(
+            step=step,
+            eval_loss=loss,
+            eval_perplexity=None if margins else math.exp(min(loss, 700)),  # beyond, no float has it
+            eval_accuracy=_mean([margin > 0 for margin in margins]),
+            eval_seconds=time.perf_counter() - began,
+        )
+        self._write_line(metrics)
+        if self.on_eval is not None:
+            self.on_eval(metrics)
+
+    def _write_line(self, metrics: StepMetrics | EvalMetrics) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        values = {name: value for name, value in asdict(metrics).items() if value is not None}
+        with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    # -- files
+
+    def _save(self, run: _Run, step: int) -> None:
+        """Write a checkpoint; an adapter's is a PEFT folder too."""
+        best_step, best_loss = self._best
+        state = TrainerState(
+            step=step,
+            config=self.config,
+            data_hash=self.plan.data_hash,
+            best_step=best_step,
+            best_loss=best_loss,
+        )
+
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            if run.peft_model is not None:
+                run.peft_model.save_pretrained(folder)
+            write_state(folder, state, dict(run.parameters), run.optimizer)
+
+        save_checkpoint(self.output, step, write, limit=self.config.save_total_limit, best=best_step)
+
+    def _write_result(self, run: _Run) -> None:
+        """Write an adapter in PEFT's files, or a whole model as a Hugging Face folder."""
+        if run.peft_model is None:
+            _write_into(run.network, self.plan.path, self.output)
+            return
+        run.peft_model.save_pretrained(self.output)
+        if self.config.merge:
+            base = load_model(self.plan.path)
+            merged = PeftModel.from_pretrained(base, self.output).merge_and_unload(safe_merge=True)
+            shutil.rmtree(self.output / "merged", ignore_errors=True)
+            write_hf(merged, self.plan.path, self.output / "merged")
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> Optimizer:
+    """Make a fused AdamW; norms and biases do not decay, as in Transformers."""
+    groups = {
+        config.weight_decay: [p for p in parameters.values() if p.ndim > 1],
+        0.0: [p for p in parameters.values() if p.ndim <= 1],
+    }
+    if not config.weight_decay:
+        groups = {0.0: list(parameters.values())}
+    return AdamW(
+        [{"params": members, "weight_decay": decay} for decay, members in groups.items() if members],
+        lr=config.rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def _warn_of_untrained(parameters: dict[str, nn.Parameter]) -> None:
+    """Warn of parameters that the first step gave no gradient: they are trained in name only."""
+    idle = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if idle:
+        logger.warning("the first step gave %d parameters no gradient, such as %s", len(idle), idle[0])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # the last line of a process that was killed
+            continue
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _write_into(network: Llama, base: Path, output: Path) -> None:
+    """Write a Hugging Face folder into one that holds checkpoints; its config.json comes last."""
+    part = output / ".result"
+    shutil.rmtree(part, ignore_errors=True)
+    write_hf(network, base, part)
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output / path.name)
+    part.rmdir()
+
+
+class _CtrlC:
+    """Note Ctrl-C within the block instead of stopping at once; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._before: object = None
+
+    def __enter__(self) -> _CtrlC:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
