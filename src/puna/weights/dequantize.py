@@ -19,7 +19,7 @@ from puna.gguf_header import GGMLType
 # Blocks are worked on in runs of this many elements, so that the intermediate values stay in the cache.
 _RUN = 1 << 18
 
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def dequantize(packed: Tensor, kind: GGMLType, out: Tensor | None = None) -> Tensor:
@@ -182,7 +182,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 def _iq4_values(packed: Tensor) -> Tensor:
-    table = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=packed.device)
+    table = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=packed.device)
     return table[_nibbles(packed, 16).int()]
 
 

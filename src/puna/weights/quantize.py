@@ -1,0 +1,270 @@
+"""Quantise rows of floats to ggml's block types: the inverse of `dequantize.py`.
+
+Every type gives at most the error of llama.cpp's quantiser for it: scales are searched for the simple types
+too, and levels are chosen for the scales as they are stored, in half precision. An importance matrix (for
+each column the mean square of the activations that meet it) says which errors matter; without it all count
+the same. Layouts: ggml's `ggml-common.h`; how an importance is made a weight: its `ggml-quants.c`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from puna.errors import UnsupportedError
+from puna.gguf_header import GGMLType
+from puna.weights.dequantize import IQ4_VALUES
+from puna.weights.packed_matrix import QuantTensor
+from puna.weights.quantize_search import Assign, fit_affine, fit_symmetric, linear_levels, reciprocal
+from puna.weights.quantize_super import AffineBlocks, affine_blocks, symmetric_blocks, to_half
+
+# Weights that are worked on at a time. What a search keeps of them fits into the cache of a core.
+_RUN = 1 << 17
+
+_Formula = Callable[[Tensor, Tensor | None], Tensor]  # (blocks, block_size), weights or None -> packed bytes
+
+
+def quantize(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> QuantTensor:
+    """Return rows of floats, (..., row_length), as packed blocks.
+
+    `importance`, (row_length,), is not negative, and the same for all rows. Takes the memory of the result
+    and a few MiB. Raises UnsupportedError for a type that cannot be written, ValueError for rows that are no
+    whole number of blocks or hold what is not finite, and for an importance of a wrong shape or sign.
+    """
+    formula = _FORMULAS.get(kind)
+    if formula is None:
+        names = ", ".join(known.name for known in _FORMULAS)
+        raise UnsupportedError(f"quantising to {kind.name} is not supported (supported: {names})")
+    length = rows.shape[-1]
+    if length % kind.block_size:
+        raise ValueError(f"rows of {length} weights are no whole {kind.name} blocks of {kind.block_size}")
+    if importance is not None:
+        _check_importance(importance, length)
+    row_bytes = length // kind.block_size * kind.type_size
+    out = torch.empty(*rows.shape[:-1], row_bytes, dtype=torch.uint8)
+    packed, flat = out.view(-1, row_bytes), rows.reshape(-1, length)
+    step = max(1, _RUN // length)
+    for start in range(0, flat.shape[0], step):
+        values = flat[start : start + step].float()
+        if not bool(values.isfinite().all()):
+            raise ValueError("the weights hold values that are not finite")
+        blocks = values.reshape(-1, kind.block_size)
+        weights = None if importance is None else _weights(values, importance, kind.block_size)
+        packed[start : start + step] = formula(blocks, weights).view(-1, row_bytes)
+    return QuantTensor(out, kind)
+
+
+def can_quantize(kind: GGMLType) -> bool:
+    """Say whether `quantize` knows a type."""
+    return kind in _FORMULAS
+
+
+def _check_importance(importance: Tensor, length: int) -> None:
+    if tuple(importance.shape) != (length,):
+        raise ValueError(f"an importance of shape {[length]} is needed, got {list(importance.shape)}")
+    if not bool((importance.isfinite() & (importance >= 0)).all()):
+        raise ValueError("an importance is negative or not finite")
+
+
+def _weights(values: Tensor, importance: Tensor, block_size: int) -> Tensor:
+    """Return how much an error counts, (blocks, block_size): large weights somewhat more than small ones."""
+    squares = values.square()
+    spread = squares.view(*values.shape[:-1], -1, block_size).mean(-1, keepdim=True)
+    weights = (squares.view(*spread.shape[:-1], block_size) + spread).sqrt_()
+    weights.mul_(importance.float().view(-1, block_size))
+    # Sums of these must not vanish or overflow, whatever the importance's unit.
+    largest = weights.amax(dim=-1, keepdim=True)
+    weights = torch.where(largest > 0, weights / largest, 1.0).clamp_(min=1e-5)
+    return weights.reshape(-1, block_size)
+
+
+# ---------------------------------------------------------------------------------------------- packing bits
+
+
+def _fold(values: Tensor, count: int, group: int, bits: int) -> Tensor:
+    """Put `count` values of few bits into each byte, runs of `group` after one another, the first lowest.
+
+    (blocks, n) uint8 to (blocks, n / count).
+    """
+    parts = values.view(values.shape[0], -1, count, group)
+    out = parts[:, :, 0].clone()
+    for place in range(1, count):
+        out |= parts[:, :, place] << (bits * place)
+    return out.view(values.shape[0], -1)
+
+
+def _bytes_of(half: Tensor) -> Tensor:
+    return half.view(-1, 1).view(torch.uint8)
+
+
+def _by_column(blocks: Tensor, groups: int) -> Tensor:
+    """Turn (blocks, groups * n) into (n, blocks, groups)."""
+    return blocks.view(blocks.shape[0], groups, -1).permute(2, 0, 1).contiguous()
+
+
+def _maybe(weights: Tensor | None, groups: int) -> Tensor | None:
+    return None if weights is None else _by_column(weights, groups)
+
+
+def _codes(levels: Tensor, offset: int = 0) -> Tensor:
+    """Turn levels, (n, blocks, groups), into uint8 in the order of the weights, (blocks, groups * n)."""
+    return (levels + offset).to(torch.uint8).permute(1, 2, 0).reshape(levels.shape[1], -1)
+
+
+# ---------------------------------------------------------------------------------- blocks of 32, one by one
+
+
+def _symmetric_32(
+    blocks: Tensor, weights: Tensor | None, assign: Assign, anchors: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Return d, (blocks,) float16, and levels (32, blocks, 1)."""
+    x = _by_column(blocks, 1)
+    d = to_half(fit_symmetric(x, _maybe(weights, 1), assign, anchors)[:, 0])
+    return d, assign(x * reciprocal(d.float())[:, None])
+
+
+def _anchors(low: int) -> list[float]:
+    """Return places for the extreme weight: about the lowest level, and about the highest."""
+    steps = [0.1 * step for step in range(-8, 9, 2)]
+    return [low - step for step in steps] + [-low - 1 + step for step in steps]
+
+
+def _q4_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    d, levels = _symmetric_32(blocks, weights, linear_levels(-8, 7), _anchors(-8))
+    return torch.cat((_bytes_of(d), _fold(_codes(levels, 8), 2, 16, 4)), dim=1)
+
+
+def _q5_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    d, levels = _symmetric_32(blocks, weights, linear_levels(-16, 15), _anchors(-16))
+    codes = _codes(levels, 16)
+    return torch.cat((_bytes_of(d), _fold(codes >> 4, 8, 1, 1), _fold(codes & 15, 2, 16, 4)), dim=1)
+
+
+def _affine_32(blocks: Tensor, weights: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
+    """Return d and minimum side by side, as bytes (blocks, 4), and codes (blocks, 32)."""
+    middle = blocks.mean(1, keepdim=True)  # taken away for the search, where squares cancel
+    x = _by_column(blocks - middle, 1)
+    offsets = [-1.0 + 0.1 * step for step in range(0, 21, 2)]
+    scale, minimum = fit_affine(x, _maybe(weights, 1), top, offsets, free_minimum=True)
+    d, m = to_half(scale[:, 0]), to_half(minimum[:, 0] + middle[:, 0])
+    levels = (_by_column(blocks, 1) - m.float()[:, None]).mul_(reciprocal(d.float())[:, None])
+    return torch.cat((_bytes_of(d), _bytes_of(m)), dim=1), _codes(levels.round_().clamp_(0, top))
+
+
+def _q4_1(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    head, codes = _affine_32(blocks, weights, 15)
+    return torch.cat((head, _fold(codes, 2, 16, 4)), dim=1)
+
+
+def _q5_1(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    head, codes = _affine_32(blocks, weights, 31)
+    return torch.cat((head, _fold(codes >> 4, 8, 1, 1), _fold(codes & 15, 2, 16, 4)), dim=1)
+
+
+def _q8_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    d = to_half(blocks.abs().amax(1) / 127)
+    levels = (blocks * reciprocal(d.float())[:, None]).round_().clamp_(-127, 127)
+    return torch.cat((_bytes_of(d), levels.to(torch.int8).view(torch.uint8)), dim=1)
+
+
+_IQ4_ANCHORS = [IQ4_VALUES[0] + float(step) for step in range(-7, 8)]
+
+
+class _Iq4Levels:
+    """Overwrite values by the nearest of the 16 levels of IQ4; `codes` gives their numbers."""
+
+    def __init__(self) -> None:
+        self.levels = torch.tensor(IQ4_VALUES, dtype=torch.float32)
+        self.borders = (self.levels[1:] + self.levels[:-1]) / 2
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return values.copy_(self.levels[self.codes(values)])
+
+    def codes(self, values: Tensor) -> Tensor:
+        return torch.bucketize(values, self.borders, out_int32=True)
+
+
+def _iq4_nl(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    assign = _Iq4Levels()
+    d, levels = _symmetric_32(blocks, weights, assign, _IQ4_ANCHORS)
+    return torch.cat((_bytes_of(d), _fold(_codes(assign.codes(levels)), 2, 16, 4)), dim=1)
+
+
+# ------------------------------------------------------------------------------------------- blocks of 256
+
+
+def _q2_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    offsets = [-0.5 + 0.1 * step for step in range(16)]
+    found = affine_blocks(_by_column(blocks, 16), _maybe(weights, 16), 3, offsets, 15)
+    scales = found.scales.to(torch.uint8) | found.minima.to(torch.uint8) << 4
+    quants = _fold(_codes(found.levels), 4, 32, 2)
+    return torch.cat((scales, quants, _bytes_of(found.d), _bytes_of(found.dmin)), dim=1)
+
+
+def _q3_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    found = symmetric_blocks(
+        _by_column(blocks, 16), _maybe(weights, 16), linear_levels(-4, 3), _anchors(-4), -32
+    )
+    codes, scales = _codes(found.levels, 4), (found.scales + 32).to(torch.uint8)
+    packed_scales = torch.cat((_fold(scales & 15, 2, 8, 4), _fold(scales >> 4, 4, 4, 2)), dim=1)
+    mask, quants = _fold(codes >> 2, 8, 32, 1), _fold(codes & 3, 4, 32, 2)
+    return torch.cat((mask, quants, packed_scales, _bytes_of(found.d)), dim=1)
+
+
+def _six_bits(found: AffineBlocks) -> Tensor:
+    """Pack the 8 scales and the 8 minima of Q4_K and Q5_K into 12 bytes."""
+    scales, minima = found.scales.to(torch.uint8), found.minima.to(torch.uint8)
+    first = scales[:, :4] | (scales[:, 4:] >> 4) << 6
+    second = minima[:, :4] | (minima[:, 4:] >> 4) << 6
+    return torch.cat((first, second, (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4), dim=1)
+
+
+def _q4_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    offsets = [-1.0 + 0.1 * step for step in range(0, 21, 2)]
+    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 15, offsets, 63)
+    quants = _fold(_codes(found.levels), 2, 32, 4)
+    return torch.cat((_bytes_of(found.d), _bytes_of(found.dmin), _six_bits(found), quants), dim=1)
+
+
+def _q5_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    offsets = [-0.5 + 0.1 * step for step in range(0, 16, 2)]
+    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 31, offsets, 63)
+    codes = _codes(found.levels)
+    head = torch.cat((_bytes_of(found.d), _bytes_of(found.dmin), _six_bits(found)), dim=1)
+    return torch.cat((head, _fold(codes >> 4, 8, 32, 1), _fold(codes & 15, 2, 32, 4)), dim=1)
+
+
+def _q6_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    found = symmetric_blocks(
+        _by_column(blocks, 16), _maybe(weights, 16), linear_levels(-32, 31), _anchors(-32), -128
+    )
+    codes, scales = _codes(found.levels, 32), found.scales.to(torch.int8).view(torch.uint8)
+    low, high = _fold(codes & 15, 2, 64, 4), _fold(codes >> 4, 4, 32, 2)
+    return torch.cat((low, high, scales, _bytes_of(found.d)), dim=1)
+
+
+def _iq4_xs(blocks: Tensor, weights: Tensor | None) -> Tensor:
+    assign = _Iq4Levels()
+    found = symmetric_blocks(_by_column(blocks, 8), _maybe(weights, 8), assign, _IQ4_ANCHORS, -32)
+    scales = (found.scales + 32).to(torch.uint8)
+    packed_scales = torch.cat((_fold(scales >> 4, 4, 1, 2), _fold(scales & 15, 2, 1, 4)), dim=1)
+    quants = _fold(_codes(assign.codes(found.levels)), 2, 16, 4)
+    return torch.cat((_bytes_of(found.d), packed_scales, quants), dim=1)
+
+
+_FORMULAS: dict[GGMLType, _Formula] = {
+    GGMLType.Q8_0: _q8_0,
+    GGMLType.Q4_0: _q4_0,
+    GGMLType.Q4_1: _q4_1,
+    GGMLType.Q5_0: _q5_0,
+    GGMLType.Q5_1: _q5_1,
+    GGMLType.Q2_K: _q2_k,
+    GGMLType.Q3_K: _q3_k,
+    GGMLType.Q4_K: _q4_k,
+    GGMLType.Q5_K: _q5_k,
+    GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ4_NL: _iq4_nl,
+    GGMLType.IQ4_XS: _iq4_xs,
+}
