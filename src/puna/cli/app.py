@@ -12,6 +12,7 @@ import typer
 import puna
 from puna.cli.adapter import adapter
 from puna.cli.bench import bench
+from puna.cli.quantize import quantize
 from puna.cli.run import run
 from puna.cli.show import show
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(show)
+app.command()(quantize)
 app.add_typer(adapter)
 app.add_typer(bench)
 

@@ -78,7 +78,9 @@ def fit_affine(
         error = sums.error(*of_levels, *found)
         better = (error < best) & (found[0] > 0)
         best = torch.where(better, error, best)
-        scale, minimum = (torch.where(better, new, old) for new, old in zip(found, (scale, minimum)))
+        scale, minimum = (
+            torch.where(better, new, old) for new, old in zip(found, (scale, minimum), strict=True)
+        )
     return scale, minimum
 
 

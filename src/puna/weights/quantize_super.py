@@ -48,6 +48,13 @@ def to_half(values: Tensor) -> Tensor:
     return half
 
 
+def _wins(before: Tensor, after: Tensor, by_group: bool) -> Tensor:
+    """Say for each group whether the new error is less, its own or that of its whole block."""
+    if by_group:
+        return after < before
+    return (after.sum(1) < before.sum(1))[:, None].expand_as(after)
+
+
 def symmetric_blocks(
     x: Tensor, weights: Tensor | None, assign: Assign, anchors: Sequence[float], scale_low: int
 ) -> SymmetricBlocks:
@@ -84,10 +91,7 @@ class _Symmetric:
         self, old: SymmetricBlocks, new: SymmetricBlocks, *, by_group: bool = False
     ) -> SymmetricBlocks:
         before, after = self.error(old), self.error(new)
-        if by_group:
-            wins = after < before
-        else:
-            wins = (after.sum(1) < before.sum(1))[:, None].expand_as(after)
+        wins = _wins(before, after, by_group)
         return SymmetricBlocks(
             d=old.d if by_group else torch.where(wins[:, 0], new.d, old.d),
             scales=torch.where(wins, new.scales, old.scales),
@@ -148,10 +152,7 @@ class _Affine:
 
     def better(self, old: AffineBlocks, new: AffineBlocks, *, by_group: bool = False) -> AffineBlocks:
         before, after = self.error(old), self.error(new)
-        if by_group:
-            wins = after < before
-        else:
-            wins = (after.sum(1) < before.sum(1))[:, None].expand_as(after)
+        wins = _wins(before, after, by_group)
         return AffineBlocks(
             d=old.d if by_group else torch.where(wins[:, 0], new.d, old.d),
             dmin=old.dmin if by_group else torch.where(wins[:, 0], new.dmin, old.dmin),
