@@ -1,7 +1,8 @@
 """Write a checkpoint as a GGUF file, its weights quantised one tensor at a time.
 
 Which tensor gets which type: `quantize_mix.py`; how it is said in GGUF: `gguf_export.py`. An importance
-matrix is a vector for each weight, under the weight's GGUF name. Knows no vocabularies: their keys are handed in.
+matrix is a vector for each weight, under the weight's GGUF name. Knows no vocabularies: their keys are
+handed in.
 """
 
 from __future__ import annotations

@@ -109,8 +109,6 @@ def mix(
         else:
             kind = _wanted(name, wanted, model, weighted)
             kinds[name] = _fitting(kind, shape[-1], is_head=_is_head(name, model))
-                _wanted(name, wanted, model, weighted), shape[-1], is_head=_is_head(name, model)
-            )
     return kinds
 
 
