@@ -17,7 +17,7 @@ from puna.weights.gguf_export import gguf_shapes, gguf_tensors
 from puna.weights.int8 import Int8Tensor
 from puna.weights.nf4 import FourBitTensor
 from puna.weights.packed_matrix import QuantTensor
-from puna.weights.quantize import quantize
+from puna.weights.quantize_blocks import quantize
 from puna.weights.quantize_mix import FLOAT_TYPES, FileType, ModelShape, file_type, mix
 
 Packed = QuantTensor | FourBitTensor | Int8Tensor

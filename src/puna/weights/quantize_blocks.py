@@ -3,7 +3,7 @@
 Every type gives at most the error of llama.cpp's quantiser for it: scales are searched for the simple types
 too, and levels are chosen for the scales as they are stored, in half precision. An importance matrix (for
 each column the mean square of the activations that meet it) says which errors matter; without it all count
-the same. Layouts: ggml's `ggml-common.h`; how an importance is made a weight: its `ggml-quants.c`.
+the same. Layouts: ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def quantize(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> 
         if not bool(values.isfinite().all()):
             raise ValueError("the weights hold values that are not finite")
         blocks = values.reshape(-1, kind.block_size)
-        weights = None if importance is None else _weights(values, importance, kind.block_size)
+        weights = None if importance is None else _weights(importance, kind, values.shape[0])
         packed[start : start + step] = formula(blocks, weights).view(-1, row_bytes)
     return QuantTensor(out, kind)
 
@@ -68,16 +68,15 @@ def _check_importance(importance: Tensor, length: int) -> None:
         raise ValueError("an importance is negative or not finite")
 
 
-def _weights(values: Tensor, importance: Tensor, block_size: int) -> Tensor:
-    """Return how much an error counts, (blocks, block_size): large weights somewhat more than small ones."""
-    squares = values.square()
-    spread = squares.view(*values.shape[:-1], -1, block_size).mean(-1, keepdim=True)
-    weights = (squares.view(*spread.shape[:-1], block_size) + spread).sqrt_()
-    weights.mul_(importance.float().view(-1, block_size))
-    # Sums of these must not vanish or overflow, whatever the importance's unit.
-    largest = weights.amax(dim=-1, keepdim=True)
-    weights = torch.where(largest > 0, weights / largest, 1.0).clamp_(min=1e-5)
-    return weights.reshape(-1, block_size)
+def _weights(importance: Tensor, kind: GGMLType, num_rows: int) -> Tensor:
+    """Return how much an error counts, (blocks, block_size), for that many rows.
+
+    Within a block only proportions matter, and sums of them must neither vanish nor overflow.
+    """
+    blocks = importance.float().view(-1, kind.block_size)
+    largest = blocks.amax(dim=1, keepdim=True)
+    shares = torch.where(largest > 0, blocks / largest, 1.0).clamp_(min=1e-5)
+    return shares.repeat(num_rows, 1)
 
 
 # ---------------------------------------------------------------------------------------------- packing bits
@@ -142,12 +141,14 @@ def _q5_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
     return torch.cat((_bytes_of(d), _fold(codes >> 4, 8, 1, 1), _fold(codes & 15, 2, 16, 4)), dim=1)
 
 
+_OFFSETS = [-1.0 + 0.25 * step for step in range(11)]
+
+
 def _affine_32(blocks: Tensor, weights: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
     """Return d and minimum side by side, as bytes (blocks, 4), and codes (blocks, 32)."""
     middle = blocks.mean(1, keepdim=True)  # taken away for the search, where squares cancel
     x = _by_column(blocks - middle, 1)
-    offsets = [-1.0 + 0.1 * step for step in range(0, 21, 2)]
-    scale, minimum = fit_affine(x, _maybe(weights, 1), top, offsets, free_minimum=True)
+    scale, minimum = fit_affine(x, _maybe(weights, 1), top, _OFFSETS, free_minimum=True)
     d, m = to_half(scale[:, 0]), to_half(minimum[:, 0] + middle[:, 0])
     levels = (_by_column(blocks, 1) - m.float()[:, None]).mul_(reciprocal(d.float())[:, None])
     return torch.cat((_bytes_of(d), _bytes_of(m)), dim=1), _codes(levels.round_().clamp_(0, top))
@@ -169,21 +170,33 @@ def _q8_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
     return torch.cat((_bytes_of(d), levels.to(torch.int8).view(torch.uint8)), dim=1)
 
 
-_IQ4_ANCHORS = [IQ4_VALUES[0] + float(step) for step in range(-7, 8)]
+_IQ4_ANCHORS = [
+    *(IQ4_VALUES[0] + float(step) for step in range(-40, 17, 8)),
+    *(IQ4_VALUES[-1] + float(step) for step in range(-16, 41, 8)),
+]
 
 
 class _Iq4Levels:
-    """Overwrite values by the nearest of the 16 levels of IQ4; `codes` gives their numbers."""
+    """Overwrite values by the nearest of the 16 levels of IQ4; `codes` gives their numbers.
+
+    Two neighbours meet at a whole number or a half, so a table of steps of a half knows them all.
+    """
 
     def __init__(self) -> None:
-        self.levels = torch.tensor(IQ4_VALUES, dtype=torch.float32)
-        self.borders = (self.levels[1:] + self.levels[:-1]) / 2
+        levels = torch.tensor(IQ4_VALUES, dtype=torch.float32)
+        starts = torch.arange(-256, 256) / 2
+        self.table_of_codes = torch.bucketize(starts, (levels[1:] + levels[:-1]) / 2, right=True)
+        self.table = levels[self.table_of_codes]
 
     def __call__(self, values: Tensor) -> Tensor:
-        return values.copy_(self.levels[self.codes(values)])
+        return values.copy_(self.table.index_select(0, self._places(values)).view(values.shape))
 
     def codes(self, values: Tensor) -> Tensor:
-        return torch.bucketize(values, self.borders, out_int32=True)
+        return self.table_of_codes.index_select(0, self._places(values)).view(values.shape)
+
+    @staticmethod
+    def _places(values: Tensor) -> Tensor:
+        return values.flatten().mul(2).add_(256).clamp_(0, 511).to(torch.int32)
 
 
 def _iq4_nl(blocks: Tensor, weights: Tensor | None) -> Tensor:
@@ -196,7 +209,7 @@ def _iq4_nl(blocks: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _q2_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    offsets = [-0.5 + 0.1 * step for step in range(16)]
+    offsets = [-0.5 + 0.25 * step for step in range(13)]
     found = affine_blocks(_by_column(blocks, 16), _maybe(weights, 16), 3, offsets, 15)
     scales = found.scales.to(torch.uint8) | found.minima.to(torch.uint8) << 4
     quants = _fold(_codes(found.levels), 4, 32, 2)
@@ -222,15 +235,13 @@ def _six_bits(found: AffineBlocks) -> Tensor:
 
 
 def _q4_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    offsets = [-1.0 + 0.1 * step for step in range(0, 21, 2)]
-    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 15, offsets, 63)
+    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 15, _OFFSETS, 63)
     quants = _fold(_codes(found.levels), 2, 32, 4)
     return torch.cat((_bytes_of(found.d), _bytes_of(found.dmin), _six_bits(found), quants), dim=1)
 
 
 def _q5_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    offsets = [-0.5 + 0.1 * step for step in range(0, 16, 2)]
-    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 31, offsets, 63)
+    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 31, _OFFSETS, 63)
     codes = _codes(found.levels)
     head = torch.cat((_bytes_of(found.d), _bytes_of(found.dmin), _six_bits(found)), dim=1)
     return torch.cat((head, _fold(codes >> 4, 8, 32, 1), _fold(codes & 15, 2, 32, 4)), dim=1)
