@@ -4,8 +4,8 @@
 
 The weights of a model, its matrices laid end to end in rows of 2,048, go through llama-quantize and through
 `puna.weights.quantize_blocks` as one tensor each; both results are dequantised by our reference. Relative
-RMS error; a ratio below 1 says that ours is smaller. With --imatrix a made-up importance is given to both, and the error
-is weighted by it. Seconds are those of the library call here and of the whole program there.
+RMS error; a ratio below 1 says that ours is smaller. With --imatrix a made-up importance is given to both,
+and the error is weighted by it. Seconds are those of the library call here and of the whole program there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from puna.gguf_header import GGMLType
 from puna.locate import find_model
 from puna.weights.gguf import GgufFile
-from puna.weights.gguf_writer import write_gguf
+from puna.weights.gguf_writer import Value, write_gguf
 from puna.weights.imatrix import Activations, write_imatrix
 from puna.weights.loader import open_checkpoint
 from puna.weights.packed_matrix import QuantTensor
@@ -32,7 +32,7 @@ COLUMNS = 2048
 NAME = "blk.0.ffn_up.weight"
 TYPES = "Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K Q2_K".split()  # noqa: SIM905
 THEIRS = {"Q6_K": "Q6_K", "Q5_K": "Q5_K_S", "Q4_K": "Q4_K_S", "Q3_K": "Q3_K_S", "Q2_K": "Q2_K"}
-METADATA = {
+METADATA: dict[str, Value] = {
     "general.architecture": "llama",
     "llama.block_count": 1,
     "llama.context_length": 64,

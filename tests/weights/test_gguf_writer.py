@@ -12,11 +12,11 @@ import torch
 from puna.errors import CheckpointError
 from puna.gguf_header import GGMLType, read_header
 from puna.weights.gguf import GgufFile
-from puna.weights.gguf_writer import GgufWriter, PlannedTensor, write_gguf
+from puna.weights.gguf_writer import GgufWriter, PlannedTensor, Value, write_gguf
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_blocks import quantize
 
-METADATA = {
+METADATA: dict[str, Value] = {
     "general.architecture": "llama",
     "llama.block_count": 3,
     "a.negative": -5,

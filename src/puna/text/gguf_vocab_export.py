@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from puna.errors import TokenizerError, UnsupportedError
+from puna.errors import UnsupportedError
 from puna.gguf_header import Value, is_gguf, read_metadata
 from puna.text.byte_level import GPT2_SPLIT, LLAMA3_SPLIT, LLAMA4_SPLIT, SMAUG_SPLIT
 from puna.text.sentencepiece_model import PieceType, parse_model
@@ -232,16 +232,28 @@ def _from_ranks(tokenizer: Tokenizer) -> dict[str, Value]:
 
 
 def _implied_merges(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield for each token the last pair that merging by rank joins to make it, in rank order."""
+    """Yield for each token the last pair that merging by rank joins to make it, in rank order.
+
+    A few tokens cannot be made of lower ranks; all ways to cut these in two are yielded.
+    """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for rank, token in enumerate(tokens):
-        parts = list(token)
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
-            best = min(joined)
-            if best >= rank:
-                raise TokenizerError(f"token {token!r} cannot be made by merging tokens of lower rank")
-            at = joined.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        parts = _merged_below(token, rank, ranks)
         if len(parts) == 2:
             yield parts[0], parts[1]
+        elif len(parts) > 2:
+            cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            yield from ((left, right) for left, right in cuts if left in ranks and right in ranks)
+
+
+def _merged_below(token: str, rank: int, ranks: Mapping[str, int]) -> list[str]:
+    """Merge the characters of a token by ranks below its own, down to two parts or as far as it goes."""
+    parts = list(token)
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+        best = min(joined)
+        if best >= rank:
+            break
+        at = joined.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts

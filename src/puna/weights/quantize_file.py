@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from puna.errors import CheckpointError, ParameterError
-from puna.gguf_header import GGMLType, Value
+from puna.gguf_header import GGMLType
 from puna.weights.gguf_export import ROPE_FREQS, gguf_tensors, rope_factors
-from puna.weights.gguf_writer import GgufWriter, PlannedTensor
+from puna.weights.gguf_writer import GgufWriter, PlannedTensor, Value
 from puna.weights.loader import Checkpoint, Packed, empty_model
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_load import Shapes, convert, model_shape, planned_shapes
