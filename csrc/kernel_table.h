@@ -5,6 +5,7 @@
 
 #include "block_formats.h"
 #include "paged_attention_job.h"
+#include "quantize_job.h"
 
 namespace puna {
 
@@ -75,6 +76,8 @@ struct KernelTable {
   // Merge partial results for disjoint keys, `stride` floats apart, and write the output.
   void (*merge_splits)(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head,
                        float* partials, int64_t splits, int64_t stride);
+  // Find scales and levels for the groups [begin, end) of weights; begin is a multiple of 16.
+  void (*quantize_groups)(const QuantizeJob& job, int64_t begin, int64_t end);
 };
 
 extern const KernelTable kPortableKernels;

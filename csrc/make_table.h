@@ -4,6 +4,7 @@
 #include "dense_linear.h"
 #include "paged_attention.h"
 #include "quant_linear.h"
+#include "quantize_groups.h"
 
 namespace puna {
 namespace PUNA_ISA {
@@ -18,6 +19,7 @@ constexpr KernelTable make_table(const char* name) {
   table.merge_splits = merge_splits;
   table.dense_pack = dense_pack;
   table.dense_linear = dense_linear;
+  table.quantize_groups = quantize_groups;
   table.quant_linear[kQ4_0] = quant_linear<Q4_0>;
   table.quant_linear[kQ4_1] = quant_linear<Q4_1>;
   table.quant_linear[kQ5_0] = quant_linear<Q5_0>;

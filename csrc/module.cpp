@@ -12,6 +12,7 @@
 #include "dense_linear_driver.h"
 #include "paged_attention_driver.h"
 #include "quant_linear_driver.h"
+#include "quantize_driver.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -240,6 +241,61 @@ class PagedBatch {
   PagedSequences sequences_;
 };
 
+// Search the scales of groups of weights: x (groups, group_size), weights (weight_groups, group_size) or
+// address 0. level_table: 512 floats or 0. With block_groups 0, scales and minima go to the floats `scales`,
+// `minima`; else they are int8, and d, dmin, levels are written too. minima and dmin: 0 where not affine.
+// cpu.py vouches for dtypes and layouts.
+void quantize(uintptr_t x, int64_t groups, int64_t group_size, uintptr_t weights, int64_t weight_groups,
+              bool affine, bool free_minimum, int64_t low, int64_t high, uintptr_t level_table,
+              const std::vector<float>& trials, int64_t block_groups, int64_t scale_low, int64_t scale_high,
+              uintptr_t d, uintptr_t dmin, uintptr_t scales, uintptr_t minima, uintptr_t levels,
+              int threads) {
+  threads = require_threads(threads);
+  require(groups >= 0 && groups < (int64_t{1} << 48), "a huge number of groups");
+  require(group_size == 16 || group_size == 32, "groups have 16 or 32 weights");
+  require(block_groups == 0 || block_groups == 8 || block_groups == 16, "blocks have 8 or 16 groups");
+  require(block_groups == 0 || groups % block_groups == 0, "the groups are no whole number of blocks");
+  require(low >= -128 && high <= 127 && low < high, "levels are whole numbers of 8 bits");
+  require(!affine || low == 0, "the levels of groups with a minimum start at 0");
+  require(scale_low >= -128 && scale_high <= 127 && scale_low <= scale_high, "scales have 8 bits");
+  require(block_groups == 0 || (affine ? scale_high > 0 : scale_low < 0), "scales without a range");
+  require(trials.size() <= 1024, "too many trials");
+  require(level_table == 0 || (group_size == 32 && !affine), "a table is for symmetric groups of 32");
+  require(weights == 0 || weight_groups > 0, "weights without groups");
+  if (groups == 0) return;
+  QuantizeJob job{};
+  job.x = static_cast<const float*>(require_address(x, 4));
+  job.groups = groups;
+  job.group_size = static_cast<int>(group_size);
+  if (weights != 0) job.weights = static_cast<const float*>(require_address(weights, 4));
+  job.weight_groups = weight_groups;
+  job.affine = affine;
+  job.free_minimum = free_minimum;
+  job.low = static_cast<float>(low);
+  job.high = static_cast<float>(high);
+  if (level_table != 0) job.level_table = static_cast<const float*>(require_address(level_table, 4));
+  job.trials = trials.data();
+  job.num_trials = static_cast<int>(trials.size());
+  job.block_groups = static_cast<int>(block_groups);
+  job.scale_low = static_cast<float>(scale_low);
+  job.scale_high = static_cast<float>(scale_high);
+  const auto output = [](uintptr_t address, int64_t size) {
+    return const_cast<void*>(require_address(address, size));
+  };
+  if (block_groups == 0) {
+    job.fitted_scales = static_cast<float*>(output(scales, 4));
+    if (affine) job.fitted_minima = static_cast<float*>(output(minima, 4));
+  } else {
+    job.d = static_cast<uint16_t*>(output(d, 2));
+    job.scales = static_cast<int8_t*>(output(scales, 1));
+    job.levels = static_cast<int8_t*>(output(levels, 1));
+    if (affine) job.dmin = static_cast<uint16_t*>(output(dmin, 2));
+    if (affine) job.minima = static_cast<int8_t*>(output(minima, 1));
+  }
+  nb::gil_scoped_release released;
+  quantize_weights(job, threads);
+}
+
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
@@ -265,6 +321,9 @@ NB_MODULE(_cpu, m) {
         "out_sizes"_a, "threads"_a);
   m.def("dense_linear", &linear_dense, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a,
         "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a, "threads"_a);
+  m.def("quantize", &quantize, "x"_a, "groups"_a, "group_size"_a, "weights"_a, "weight_groups"_a, "affine"_a,
+        "free_minimum"_a, "low"_a, "high"_a, "level_table"_a, "trials"_a, "block_groups"_a, "scale_low"_a,
+        "scale_high"_a, "d"_a, "dmin"_a, "scales"_a, "minima"_a, "levels"_a, "threads"_a);
   nb::class_<PagedBatch>(m, "PagedBatch")
       .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a.noconvert(),
            "starts"_a.noconvert(), "counts"_a.noconvert(), "num_blocks"_a, "block_size"_a)

@@ -142,12 +142,14 @@ class AutoModelForCausalLM:
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         gguf_file: str | None = None,
         use_safetensors: bool | None = None,
+        quantization: str | None = None,
         **others: Any,
     ) -> CausalLM:
         """Load a model from a folder, a `.gguf` file, or "cria".
 
         `dtype` (or its old name `torch_dtype`) is a torch dtype or its name; "auto", the default, is what
-        the checkpoint declares. Quantised weights stay quantised. `device_map` is one device, or "auto": the
+        the checkpoint declares. Quantised weights stay quantised; `quantization` ("q4_k_m", "q8_0", ...)
+        quantises others while they are loaded. `device_map` is one device, or "auto": the
         first accelerator there is, else the CPU; nothing is split over several. `use_safetensors` insists on
         safetensors (True) or on .bin files (False). Raises ModelNotFoundError, CheckpointError, ConfigError,
         UnsupportedError and ParameterError.
@@ -161,6 +163,7 @@ class AutoModelForCausalLM:
             checkpoint,
             dtype=_as_dtype(torch_dtype if dtype is None else dtype),
             device=_as_device(device_map),
+            quantize=quantization,
         )
         if checkpoint.format == "hf":
             config = GenerationConfig.from_folder(path)

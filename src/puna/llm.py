@@ -91,7 +91,8 @@ class LLM:
     ) -> None:
         """Load a model. `gpu_memory_utilization` is the share of the GPU, or of the free RAM on the CPU.
 
-        `max_model_len` is the model's context by default, or with -1, and lowered to what the cache holds.
+        `quantization` ("q4_k_m", "q8_0", ...) quantises weights while they are loaded. `max_model_len` is the
+        model's context by default, or with -1, and lowered to what the cache holds.
         `others` are arguments of vLLM's that may only say what Puna does anyway (`llm_arguments`); raises
         UnsupportedError naming one that it does not have.
         """
@@ -100,11 +101,11 @@ class LLM:
         self._pooling, self._normalize = pooling_of(pooler_config)
         began = time.monotonic()
         path = find_model(str(model))
-        check_quantization(quantization, path)
+        quantize = check_quantization(quantization, path)
         self._defaults = sampling_defaults(path, generation_config, override_generation_config)
         self.get_default_sampling_params()  # raises for a wrong value, before the weights are read
         on = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        network = load_model(path, dtype=dtype_of(dtype), device=on)
+        network = load_model(path, dtype=dtype_of(dtype), device=on, quantize=quantize)
         loaded = time.monotonic()
         self._tokenizer = load_tokenizer(path if tokenizer is None else find_model(str(tokenizer)))
         config = EngineConfig(

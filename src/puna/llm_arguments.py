@@ -19,6 +19,7 @@ from puna.gguf_header import list_ggufs
 from puna.locate import find_model, listed_sampling
 from puna.model.llama import Llama
 from puna.weights.loader import load_model
+from puna.weights.quantize_load import block_file_type
 
 # Arguments that mean no more than what Puna always does, with the values that say so.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -68,13 +69,20 @@ def refuse_unknown(others: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{name}={value!r} is not supported")
 
 
-def check_quantization(quantization: str | None, path: Path) -> None:
-    """Refuse to quantise: quantised weights come in GGUF files, which say so themselves."""
+def check_quantization(quantization: str | None, path: Path) -> str | None:
+    """Return what to quantise to while loading, None for nothing, as "gguf" says of a GGUF file.
+
+    Raises UnsupportedError for vLLM's names of checkpoints that others quantised, which are not read.
+    """
     is_gguf = path.suffix == ".gguf" or (path.is_dir() and bool(list_ggufs(path)))
-    if quantization is not None and not (quantization == "gguf" and is_gguf):
+    if quantization is None or (quantization == "gguf" and is_gguf):
+        return None
+    try:
+        return block_file_type(quantization).name
+    except ParameterError as error:
         raise UnsupportedError(
-            f"quantization={quantization!r} is not supported: give a GGUF file, whose weights stay quantised"
-        )
+            f"quantization={quantization!r} is not supported: {error}; those of a GGUF file stay as they are"
+        ) from None
 
 
 def check_structured_outputs(config: Mapping[str, Any] | None) -> None:

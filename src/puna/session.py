@@ -46,18 +46,27 @@ class Session:
 
     @classmethod
     def prepare(
-        cls, path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", device: str = "cpu"
+        cls,
+        path: Path,
+        *,
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        device: str = "cpu",
+        quantize: str | None = None,
     ) -> Callable[[], Session]:
         """Read all but the weights of a path that `find_model` gave; return what loads those, and opens it.
 
-        Most of what can be wrong with a model is found here, before any memory is needed.
+        Most of what can be wrong with a model is found here, before any memory is needed. `quantize` is what
+        `load_model` takes.
         """
         from puna.text.tokenizer import load_tokenizer
         from puna.weights.loader import load_model, open_checkpoint
+        from puna.weights.quantize_load import block_file_type
 
+        if quantize is not None:
+            block_file_type(quantize)  # raises for an unknown one
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
-        return lambda: cls(load_model(checkpoint, dtype=dtype, device=device), tokenizer)
+        return lambda: cls(load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer)
 
     @property
     def context_length(self) -> int:

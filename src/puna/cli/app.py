@@ -13,6 +13,7 @@ import puna
 from puna.cli.adapter import adapter
 from puna.cli.data import data
 from puna.cli.measure import bench
+from puna.cli.quantize import quantize
 from puna.cli.run import run
 from puna.cli.show import show
 from puna.cli.train import train
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(show)
+app.command()(quantize)
 app.command()(train)
 app.add_typer(adapter)
 app.add_typer(bench)

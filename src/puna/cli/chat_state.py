@@ -44,6 +44,7 @@ class ModelOptions:
     device: str = "cpu"
     chat_format: str | None = None  # the name of a built-in format that replaces the model's
     raw: bool = False  # continue texts, whatever the model
+    quantize: str | None = None  # what weights are quantised to as they are loaded
 
     def __post_init__(self) -> None:
         if self.chat_format is not None and self.chat_format not in BUILT_IN:
@@ -59,7 +60,7 @@ def prepare_session(path: Path, options: ModelOptions) -> LoadModel:
         device = str(torch.device(options.device))
     except RuntimeError:
         raise ParameterError(f"device must be cpu, cuda, cuda:1, or such, not {options.device!r}") from None
-    return Session.prepare(path, dtype=DTYPES[options.dtype], device=device)
+    return Session.prepare(path, dtype=DTYPES[options.dtype], device=device, quantize=options.quantize)
 
 
 class ChatState:

@@ -65,6 +65,9 @@ ChatFormat = Annotated[
 Raw = Annotated[bool, typer.Option("--raw", help="Use no chat format: continue the text.")]
 ComputeDtype = Annotated[Dtype, typer.Option(metavar="TYPE", help="Compute in float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Compute on cpu, cuda, cuda:1, ...")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="Quantise weights at load: q4_k_m, q8_0, q4_0, ...")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print timings after each answer.")]
 NoWordWrap = Annotated[bool, typer.Option("--nowordwrap", help="Do not break lines between words.")]
 
@@ -88,6 +91,7 @@ def run(
     dtype: ComputeDtype = Dtype.auto,
     device: Device = "cpu",
     threads: Threads = None,
+    quantize: Quantize = None,
     verbose: Verbose = False,
     nowordwrap: NoWordWrap = False,
 ) -> None:
@@ -115,7 +119,13 @@ def run(
     )
     if raw and (system is not None or chat_format is not None):
         raise typer.BadParameter("--raw uses no chat format: it goes with neither --system nor --chat-format")
-    options = {"dtype": dtype.value, "device": device, "chat_format": chat_format, "raw": raw}
+    options = {
+        "dtype": dtype.value,
+        "device": device,
+        "chat_format": chat_format,
+        "raw": raw,
+        "quantize": quantize,
+    }
     shown = {"verbose": verbose, "wordwrap": not nowordwrap}
     state = _load(path, threads, options, sampling=sampling, system=system, **shown)
     if text is None:

@@ -35,6 +35,28 @@ def dense_linear(
     out_sizes: Sequence[int],
     threads: int,
 ) -> None: ...
+def quantize(
+    x: int,
+    groups: int,
+    group_size: int,
+    weights: int,
+    weight_groups: int,
+    affine: bool,
+    free_minimum: bool,
+    low: int,
+    high: int,
+    level_table: int,
+    trials: Sequence[float],
+    block_groups: int,
+    scale_low: int,
+    scale_high: int,
+    d: int,
+    dmin: int,
+    scales: int,
+    minima: int,
+    levels: int,
+    threads: int,
+) -> None: ...
 
 class PagedBatch:
     def __init__(

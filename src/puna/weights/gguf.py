@@ -40,12 +40,12 @@ _OTHER_KINDS = {
     "mmproj": "the vision part of a model, not a model",
     "imatrix": "an importance matrix, not a model",
 }
-_TOP_NAMES = {
+TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -60,7 +60,7 @@ _BLOCK_NAMES = {
     "ffn_up_shexp": "{mlp}.shared_expert.up_proj",
     "ffn_down_shexp": "{mlp}.shared_expert.down_proj",
 }
-_EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _BIASED = {
     "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
     "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
@@ -226,17 +226,17 @@ class GgufCheckpoint:
         source = self._sources[name]
         match = _BLOCK.fullmatch(name)
         if match is None:
-            yield _TOP_NAMES.get(name, name), _for_module(source.read())
+            yield TOP_NAMES.get(name, name), _for_module(source.read())
             return
         layer, part, leaf = match.groups()
         prefix = f"model.layers.{layer}."
         if part == "attn_qkv":
             yield from self._split_qkv(name, prefix, leaf)
-        elif part in _EXPERT_NAMES and leaf == "weight":
+        elif part in EXPERT_NAMES and leaf == "weight":
             yield from self._experts(layer, part)
-        elif part in _BLOCK_NAMES:
+        elif part in BLOCK_NAMES:
             value = self._unpermuted(part, _for_module(source.read()))
-            yield f"{prefix}{_BLOCK_NAMES[part].format(mlp=self._mlp)}.{leaf}", value
+            yield f"{prefix}{BLOCK_NAMES[part].format(mlp=self._mlp)}.{leaf}", value
         else:
             yield name, _for_module(source.read())
 
@@ -267,18 +267,18 @@ class GgufCheckpoint:
         bounds = {"attn_q": slice(0, q), "attn_k": slice(q, q + kv), "attn_v": slice(q + kv, None)}
         for part, rows in bounds.items():
             piece = value.rows(rows) if isinstance(value, QuantTensor) else value[rows]
-            yield f"{prefix}{_BLOCK_NAMES[part]}.{leaf}", self._unpermuted(part, piece)
+            yield f"{prefix}{BLOCK_NAMES[part]}.{leaf}", self._unpermuted(part, piece)
 
     def _experts(self, layer: str, part: str) -> Iterator[tuple[str, Tensor | QuantTensor]]:
         """Yield stacked experts: packed as they are, but three of floats as `Experts` has them."""
         prefix = f"model.layers.{layer}.{self._mlp}.experts."
-        names = {other: f"blk.{layer}.{other}.weight" for other in _EXPERT_NAMES}
+        names = {other: f"blk.{layer}.{other}.weight" for other in EXPERT_NAMES}
         stacks = {other: self._sources[name] for other, name in names.items() if name in self._sources}
         for other, source in stacks.items():
             if len(source.shape) != 3:
                 raise CheckpointError(self.path, f"tensor {names[other]!r} does not have three dimensions")
         if any(source.type not in _FLOATS for source in stacks.values()):
-            yield prefix + _EXPERT_NAMES[part], _as_packed(stacks[part])
+            yield prefix + EXPERT_NAMES[part], _as_packed(stacks[part])
         elif part == "ffn_down_exps":
             yield prefix + "down_proj", _floats(stacks[part].read()).transpose(1, 2)
         elif "ffn_gate_exps" not in stacks or "ffn_up_exps" not in stacks:
@@ -311,7 +311,7 @@ class GgufCheckpoint:
                 if match is None or match[2] not in parts or match[3] != "weight":
                     continue
                 if f"blk.{match[1]}.{match[2]}.bias" not in self._sources:
-                    module = _BLOCK_NAMES[match[2]].format(mlp=self._mlp)
+                    module = BLOCK_NAMES[match[2]].format(mlp=self._mlp)
                     yield f"model.layers.{match[1]}.{module}.bias", torch.zeros(source.shape[0])
 
 

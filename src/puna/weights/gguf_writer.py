@@ -1,8 +1,9 @@
 """Write a GGUF file: metadata, then tensors one at a time, as llama.cpp and its `gguf` package read it.
 
 Version 3, little-endian, aligned to 32 bytes, tensors without gaps in the order in which they were announced
-(llama.cpp refuses anything else). The file appears whole or not at all: it is written beside its place, made
-safe on disk, and renamed. Knows the container, not what keys and names mean. Rules: ggml `docs/gguf.md`.
+(llama.cpp refuses anything else); they may come in any order. The file appears whole or not at all: it is
+written beside its place, made safe on disk, and renamed. Knows the container, not what keys mean. Rules: ggml
+`docs/gguf.md`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class PlannedTensor:
 
 
 class GgufWriter:
-    """A GGUF file being written: `with GgufWriter(...) as file`, then `write` every tensor in its order.
+    """A GGUF file being written: `with GgufWriter(...) as file`, then `write` every tensor once.
 
     Integers in the metadata become uint32 (int32 where negative, 64 bits where needed) and floats float32,
     as llama.cpp wants them. Strings may hold surrogate escapes, which are written as their bytes.
@@ -59,43 +60,48 @@ class GgufWriter:
         """Check the plan; raises ValueError for a doubled or long name, a shape that is no whole blocks."""
         self.path = Path(path)
         self._part = self.path.with_name(f".{self.path.name}.part")
-        self._plan = list(tensors)
-        self._written = 0
-        self._file: IO[bytes] | None = None
-        names = [tensor.name for tensor in self._plan]
-        if len(set(names)) < len(names):
+        plan = list(tensors)
+        self._missing = {tensor.name: tensor for tensor in plan}
+        if len(self._missing) < len(plan):
             raise ValueError("two tensors have the same name")
-        for tensor in self._plan:
+        for tensor in plan:
             _check(tensor)
-        self._header = _header(metadata, self._plan)
+        self._offsets, self._size = _offsets(plan)
+        header = _header(metadata, plan, self._offsets)
+        self._header = header + bytes(-len(header) % DEFAULT_ALIGNMENT)
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         """Open the file beside its place. Raises CheckpointError if that cannot be done."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._part.open("wb")
-            self._put(self._header)
+            self._file.write(self._header)
+            self._file.truncate(len(self._header) + self._size)
         except OSError as error:
             raise CheckpointError(self.path, f"cannot be written: {error.strerror}") from error
         return self
 
-    def write(self, value: Tensor | QuantTensor) -> None:
-        """Append the next tensor of the plan; floats are stored in the type that the plan says.
+    def write(self, name: str, value: Tensor | QuantTensor) -> None:
+        """Put a tensor in its place; floats are stored in the type that was announced.
 
         Raises ValueError where it is not what was announced, CheckpointError for a full disk.
         """
-        tensor = self._plan[self._written]
-        packed = isinstance(value, QuantTensor)
-        kinds_differ = (value.type is not tensor.type) if packed else tensor.type not in _FLOATS
-        if tuple(value.shape) != tensor.shape or kinds_differ:
-            raise ValueError(f"{tensor.name} was announced as {tensor.type.name} {list(tensor.shape)}")
-        data = value.data if packed else value.detach().to(_FLOATS[tensor.type])
-        flat = data.cpu().contiguous().flatten().view(torch.uint8)
+        assert self._file is not None
+        if name not in self._missing:
+            raise ValueError(f"{name} was not announced, or is there already")
+        tensor = self._missing[name]
+        fits = value.type is tensor.type if isinstance(value, QuantTensor) else tensor.type in _FLOATS
+        if tuple(value.shape) != tensor.shape or not fits:
+            raise ValueError(f"{name} was announced as {tensor.type.name} {list(tensor.shape)}")
+        data = value.data if isinstance(value, QuantTensor) else value.to(_FLOATS[tensor.type])
+        flat = data.detach().cpu().contiguous().flatten().view(torch.uint8)
         try:
-            self._put(memoryview(flat.numpy()))
+            self._file.seek(len(self._header) + self._offsets[name])
+            self._file.write(flat.numpy().data)
         except OSError as error:
             raise CheckpointError(self.path, f"cannot be written: {error.strerror}") from error
-        self._written += 1
+        del self._missing[name]
 
     def __exit__(
         self,
@@ -106,8 +112,8 @@ class GgufWriter:
         """Put the file in its place, or remove what there is of it after an error or with tensors missing."""
         assert self._file is not None
         try:
-            if kind is None and self._written < len(self._plan):
-                raise ValueError(f"{self._plan[self._written].name} was announced and not written")
+            if kind is None and self._missing:
+                raise ValueError(f"{next(iter(self._missing))} was announced and not written")
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -120,11 +126,6 @@ class GgufWriter:
             self._file.close()
             self._part.unlink(missing_ok=True)
 
-    def _put(self, data: bytes | memoryview) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._file.write(bytes(-len(data) % DEFAULT_ALIGNMENT))
-
 
 def write_gguf(path: Path | str, metadata: Mapping[str, Value], tensors: Mapping[str, Tensor]) -> None:
     """Write float tensors that are all in memory, each in its own dtype."""
@@ -134,29 +135,39 @@ def write_gguf(path: Path | str, metadata: Mapping[str, Value], tensors: Mapping
         for name, tensor in tensors.items()
     ]
     with GgufWriter(path, metadata, plan) as file:
-        for tensor in tensors.values():
-            file.write(tensor)
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
 
 
 def _check(tensor: PlannedTensor) -> None:
     if not 1 <= len(tensor.name.encode()) <= _MAX_NAME_BYTES:
         raise ValueError(f"a tensor name has 1 to {_MAX_NAME_BYTES} bytes: {tensor.name!r}")
     if not 1 <= len(tensor.shape) <= 4 or 0 in tensor.shape:
-        raise ValueError(f"{tensor.name} has the shape {list(tensor.shape)}: 1 to 4 dimensions can be written")
+        raise ValueError(f"{tensor.name} has the shape {list(tensor.shape)}: 1 to 4 dimensions are needed")
     if tensor.shape[-1] % tensor.type.block_size:
         raise ValueError(f"{tensor.name}: rows of {tensor.shape[-1]} are no whole {tensor.type.name} blocks")
 
 
-def _header(metadata: Mapping[str, Value], plan: Sequence[PlannedTensor]) -> bytes:
+def _offsets(plan: Sequence[PlannedTensor]) -> tuple[dict[str, int], int]:
+    """Return where each tensor starts behind the header, and how long all are with their padding."""
+    offsets: dict[str, int] = {}
+    size = 0
+    for tensor in plan:
+        offsets[tensor.name] = size
+        size += -(-tensor.num_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+    return offsets, size
+
+
+def _header(
+    metadata: Mapping[str, Value], plan: Sequence[PlannedTensor], offsets: Mapping[str, int]
+) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(plan), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _typed(key, value)]
-    offset = 0
     for tensor in plan:
         dims = tensor.shape[::-1]
         parts += [_string(tensor.name), struct.pack(f"<I{len(dims)}Q", len(dims), *dims)]
-        parts.append(struct.pack("<IQ", int(tensor.type), offset))
-        offset += -(-tensor.num_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        parts.append(struct.pack("<IQ", int(tensor.type), offsets[tensor.name]))
     return b"".join(parts)
 
 
@@ -191,9 +202,9 @@ def _numbers(values: Sequence[object], *, in_array: bool = False) -> tuple[int, 
         return _FLOAT32, np.array(values, dtype="<f4").tobytes()
     numbers = [int(value) for value in values if isinstance(value, int)]
     low, high = min(numbers, default=0), max(numbers, default=0)
-    if not in_array and 0 <= low and high < 1 << 32:
+    if not in_array and low >= 0 and high < 1 << 32:
         return _UINT32, np.array(numbers, dtype="<u4").tobytes()
-    if -(1 << 31) <= low and high < 1 << 31:
+    if low >= -(1 << 31) and high < 1 << 31:
         return _INT32, np.array(numbers, dtype="<i4").tobytes()
     if low >= 0:
         return _UINT64, np.array(numbers, dtype="<u8").tobytes()

@@ -31,6 +31,7 @@ from puna.weights.meta import MetaCheckpoint, list_shards
 from puna.weights.nf4 import FourBitTensor
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quant import ShapeError, swap_in, swap_in_bnb
+from puna.weights.quantize_load import block_file_type, quantized_stream
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +133,13 @@ def load_model(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Llama:
     """Load a checkpoint into a model in evaluation mode whose parameters need no gradient.
 
-    `dtype` is for all but quantised weights; "auto" is what the checkpoint declares. Takes the model's memory
-    on `device`, and one tensor's on the host. Raises what `open_checkpoint` does, and one CheckpointError
+    `dtype` is for all but quantised weights; "auto" is what the checkpoint declares. `quantize` ("q4_k_m",
+    "q8_0", ...) quantises a checkpoint of floats as it comes in. Takes the model's memory on `device`, and
+    one tensor's on the host. Raises what `open_checkpoint` does, and one CheckpointError
     that lists every tensor that is missing, unexpected, doubled, or of a wrong shape.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, Path | str) else source
@@ -145,8 +148,12 @@ def load_model(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ParameterError(f"dtype must be 'auto' or a floating point type, not {dtype!r}")
     _require_device(device)
+    wanted = None if quantize is None else block_file_type(quantize)
     model = empty_model(checkpoint.config).to(dtype)
     filling = _Filling(model=model, dtype=dtype, device=torch.device(device))
+    tensors = checkpoint.tensors()
+    if wanted is not None:
+        tensors = quantized_stream(tensors, checkpoint.config, filling.expected, wanted)
     with tqdm(
         total=checkpoint.total_bytes,
         desc=f"loading {checkpoint.path.name}",
@@ -156,7 +163,7 @@ def load_model(
         disable=None,
         leave=False,
     ) as progress:
-        for name, value in checkpoint.tensors():
+        for name, value in tensors:
             filling.put(name, value)
             progress.update(_num_bytes(value))
             del value  # or it would live on while the next one is read

@@ -107,7 +107,8 @@ def mix(
         elif wanted.base in FLOAT_TYPES:
             kinds[name] = wanted.base
         else:
-            kinds[name] = _fitting(_wanted(name, wanted, model, weighted), shape[-1], is_head=_is_head(name, model))
+            kind = _wanted(name, wanted, model, weighted)
+            kinds[name] = _fitting(kind, shape[-1], is_head=_is_head(name, model))
     return kinds
 
 

@@ -9,20 +9,38 @@ Knows neither block layouts nor tensor types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Assign = Callable[[Tensor], Tensor]  # overwrites values by the nearest levels
 
 TINY = 1e-15  # a group whose largest weight is below this becomes zeros
 _POLISHES = 2  # rounds of: nearest levels, then least squares
 
 
-def linear_levels(low: int, high: int) -> Assign:
-    """Return what rounds values to the whole numbers from low to high, in place."""
-    return lambda values: values.round_().clamp_(low, high)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Levels:
+    """The levels that weights are rounded to: the whole numbers from low to high, or those of a table.
+
+    table[floor(2 * value) + 256] is the level nearest to a value: two neighbours meet at a whole number or a
+    half.
+    """
+
+    low: int
+    high: int
+    table: Tensor | None = None
+
+    def assign(self, values: Tensor) -> Tensor:
+        """Overwrite values by the nearest levels."""
+        if self.table is None:
+            return values.round_().clamp_(self.low, self.high)
+        return values.copy_(self.table.index_select(0, table_places(values)).view(values.shape))
+
+
+def table_places(values: Tensor) -> Tensor:
+    """Return where values are found in a table of levels, one after another."""
+    return values.flatten().mul(2).add_(256).clamp_(0, 511).to(torch.int32)
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -30,7 +48,7 @@ def reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, 1.0 / scale)
 
 
-def fit_symmetric(x: Tensor, weights: Tensor | None, assign: Assign, anchors: Sequence[float]) -> Tensor:
+def fit_symmetric(x: Tensor, weights: Tensor | None, grid: Levels, anchors: Sequence[float]) -> Tensor:
     """Return the scales (...groups) that make scale * level closest to x, (n, ...groups).
 
     Each anchor is a level, not always a whole one, that the weight with the largest magnitude is put on at
@@ -42,7 +60,7 @@ def fit_symmetric(x: Tensor, weights: Tensor | None, assign: Assign, anchors: Se
     scale, gain = torch.zeros_like(unit), torch.zeros_like(unit)
     levels, product = torch.empty_like(x), torch.empty_like(x)
     for anchor in (*anchors, *[None] * _POLISHES):
-        assign(torch.mul(x, reciprocal(scale) if anchor is None else unit * anchor, out=levels))
+        grid.assign(torch.mul(x, reciprocal(scale) if anchor is None else unit * anchor, out=levels))
         dot = torch.mul(weighted, levels, out=product).sum(0)
         norm = _weigh(torch.mul(levels, levels, out=product), weights).sum(0)
         fitted = dot * reciprocal(norm)
@@ -78,7 +96,9 @@ def fit_affine(
         error = sums.error(*of_levels, *found)
         better = (error < best) & (found[0] > 0)
         best = torch.where(better, error, best)
-        scale, minimum = (torch.where(better, new, old) for new, old in zip(found, (scale, minimum)))
+        scale, minimum = (
+            torch.where(better, new, old) for new, old in zip(found, (scale, minimum), strict=True)
+        )
     return scale, minimum
 
 

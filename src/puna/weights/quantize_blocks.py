@@ -3,7 +3,7 @@
 Every type gives at most the error of llama.cpp's quantiser for it: scales are searched for the simple types
 too, and levels are chosen for the scales as they are stored, in half precision. An importance matrix (for
 each column the mean square of the activations that meet it) says which errors matter; without it all count
-the same. Layouts: ggml's `ggml-common.h`; how an importance is made a weight: its `ggml-quants.c`.
+the same. Layouts: ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ from torch import Tensor
 
 from puna.errors import UnsupportedError
 from puna.gguf_header import GGMLType
+from puna.kernels import compiled
 from puna.weights.dequantize import IQ4_VALUES
 from puna.weights.packed_matrix import QuantTensor
-from puna.weights.quantize_search import Assign, fit_affine, fit_symmetric, linear_levels, reciprocal
-from puna.weights.quantize_super import AffineBlocks, affine_blocks, symmetric_blocks, to_half
+from puna.weights.quantize_search import Levels, fit_affine, fit_symmetric, reciprocal, table_places
+from puna.weights.quantize_super import (
+    AffineBlocks,
+    affine_blocks,
+    by_column,
+    expanded,
+    symmetric_blocks,
+    to_half,
+)
 
-# Weights that are worked on at a time. What a search keeps of them fits into the cache of a core.
-_RUN = 1 << 17
+# Weights that are worked on at a time: enough to busy all threads of the compiled search; for the one in
+# torch, so few that what it keeps of them fits into a cache.
+_RUN, _RUN_IN_TORCH = 1 << 21, 1 << 18
 
-_Formula = Callable[[Tensor, Tensor | None], Tensor]  # (blocks, block_size), weights or None -> packed bytes
+# (blocks, block_size), weights of the errors in the blocks of a row or None -> packed bytes
+_Formula = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def quantize(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> QuantTensor:
@@ -42,16 +52,16 @@ def quantize(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> 
         raise ValueError(f"rows of {length} weights are no whole {kind.name} blocks of {kind.block_size}")
     if importance is not None:
         _check_importance(importance, length)
+    weights = None if importance is None else _weights(importance, kind)
     row_bytes = length // kind.block_size * kind.type_size
     out = torch.empty(*rows.shape[:-1], row_bytes, dtype=torch.uint8)
     packed, flat = out.view(-1, row_bytes), rows.reshape(-1, length)
-    step = max(1, _RUN // length)
+    step = max(1, (_RUN_IN_TORCH if compiled() is None else _RUN) // length)
     for start in range(0, flat.shape[0], step):
         values = flat[start : start + step].float()
         if not bool(values.isfinite().all()):
             raise ValueError("the weights hold values that are not finite")
         blocks = values.reshape(-1, kind.block_size)
-        weights = None if importance is None else _weights(values, importance, kind.block_size)
         packed[start : start + step] = formula(blocks, weights).view(-1, row_bytes)
     return QuantTensor(out, kind)
 
@@ -68,16 +78,14 @@ def _check_importance(importance: Tensor, length: int) -> None:
         raise ValueError("an importance is negative or not finite")
 
 
-def _weights(values: Tensor, importance: Tensor, block_size: int) -> Tensor:
-    """Return how much an error counts, (blocks, block_size): large weights somewhat more than small ones."""
-    squares = values.square()
-    spread = squares.view(*values.shape[:-1], -1, block_size).mean(-1, keepdim=True)
-    weights = (squares.view(*spread.shape[:-1], block_size) + spread).sqrt_()
-    weights.mul_(importance.float().view(-1, block_size))
-    # Sums of these must not vanish or overflow, whatever the importance's unit.
-    largest = weights.amax(dim=-1, keepdim=True)
-    weights = torch.where(largest > 0, weights / largest, 1.0).clamp_(min=1e-5)
-    return weights.reshape(-1, block_size)
+def _weights(importance: Tensor, kind: GGMLType) -> Tensor:
+    """Return how much an error counts in the blocks of a row, (blocks, block_size).
+
+    Within a block only proportions matter, and sums of them must neither vanish nor overflow.
+    """
+    blocks = importance.detach().cpu().float().view(-1, kind.block_size)
+    largest = blocks.amax(dim=1, keepdim=True)
+    return torch.where(largest > 0, blocks / largest, 1.0).clamp_(min=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- packing bits
@@ -99,30 +107,35 @@ def _bytes_of(half: Tensor) -> Tensor:
     return half.view(-1, 1).view(torch.uint8)
 
 
-def _by_column(blocks: Tensor, groups: int) -> Tensor:
-    """Turn (blocks, groups * n) into (n, blocks, groups)."""
-    return blocks.view(blocks.shape[0], groups, -1).permute(2, 0, 1).contiguous()
+def _grouped(blocks: Tensor, groups: int) -> Tensor:
+    """Turn (blocks, groups * n) into (blocks, groups, n)."""
+    return blocks.reshape(blocks.shape[0], groups, -1)
 
 
 def _maybe(weights: Tensor | None, groups: int) -> Tensor | None:
-    return None if weights is None else _by_column(weights, groups)
+    return None if weights is None else _grouped(weights, groups)
 
 
 def _codes(levels: Tensor, offset: int = 0) -> Tensor:
-    """Turn levels, (n, blocks, groups), into uint8 in the order of the weights, (blocks, groups * n)."""
-    return (levels + offset).to(torch.uint8).permute(1, 2, 0).reshape(levels.shape[1], -1)
+    """Turn levels, (blocks, ...), into uint8, (blocks, block_size)."""
+    return (levels + offset).to(torch.uint8).reshape(levels.shape[0], -1)
 
 
 # ---------------------------------------------------------------------------------- blocks of 32, one by one
 
 
 def _symmetric_32(
-    blocks: Tensor, weights: Tensor | None, assign: Assign, anchors: Sequence[float]
+    blocks: Tensor, weights: Tensor | None, grid: Levels, anchors: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Return d, (blocks,) float16, and levels (32, blocks, 1)."""
-    x = _by_column(blocks, 1)
-    d = to_half(fit_symmetric(x, _maybe(weights, 1), assign, anchors)[:, 0])
-    return d, assign(x * reciprocal(d.float())[:, None])
+    """Return d, (blocks,) float16, and levels (blocks, 32)."""
+    kernels = compiled()
+    if kernels is not None and blocks.device.type == "cpu":
+        scale, _ = kernels.search_scales(blocks, weights, (grid.low, grid.high), grid.table, anchors)
+    else:
+        x = _grouped(blocks, 1)
+        scale = fit_symmetric(by_column(x), expanded(_maybe(weights, 1), x), grid, anchors)[:, 0]
+    d = to_half(scale)
+    return d, grid.assign(blocks * reciprocal(d.float())[:, None])
 
 
 def _anchors(low: int) -> list[float]:
@@ -132,24 +145,33 @@ def _anchors(low: int) -> list[float]:
 
 
 def _q4_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    d, levels = _symmetric_32(blocks, weights, linear_levels(-8, 7), _anchors(-8))
+    d, levels = _symmetric_32(blocks, weights, Levels(low=-8, high=7), _anchors(-8))
     return torch.cat((_bytes_of(d), _fold(_codes(levels, 8), 2, 16, 4)), dim=1)
 
 
 def _q5_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    d, levels = _symmetric_32(blocks, weights, linear_levels(-16, 15), _anchors(-16))
+    d, levels = _symmetric_32(blocks, weights, Levels(low=-16, high=15), _anchors(-16))
     codes = _codes(levels, 16)
     return torch.cat((_bytes_of(d), _fold(codes >> 4, 8, 1, 1), _fold(codes & 15, 2, 16, 4)), dim=1)
+
+
+_OFFSETS = [-1.0 + 0.25 * step for step in range(11)]
 
 
 def _affine_32(blocks: Tensor, weights: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
     """Return d and minimum side by side, as bytes (blocks, 4), and codes (blocks, 32)."""
     middle = blocks.mean(1, keepdim=True)  # taken away for the search, where squares cancel
-    x = _by_column(blocks - middle, 1)
-    offsets = [-1.0 + 0.1 * step for step in range(0, 21, 2)]
-    scale, minimum = fit_affine(x, _maybe(weights, 1), top, offsets, free_minimum=True)
-    d, m = to_half(scale[:, 0]), to_half(minimum[:, 0] + middle[:, 0])
-    levels = (_by_column(blocks, 1) - m.float()[:, None]).mul_(reciprocal(d.float())[:, None])
+    centred, kernels = blocks - middle, compiled()
+    if kernels is not None and blocks.device.type == "cpu":
+        scale, minimum = kernels.search_scales(
+            centred, weights, (0, top), None, _OFFSETS, affine=True, free_minimum=True
+        )
+    else:
+        x = _grouped(centred, 1)
+        found = fit_affine(by_column(x), expanded(_maybe(weights, 1), x), top, _OFFSETS, free_minimum=True)
+        scale, minimum = (values[:, 0] for values in found)
+    d, m = to_half(scale), to_half(minimum + middle[:, 0])
+    levels = (blocks - m.float()[:, None]).mul_(reciprocal(d.float())[:, None])
     return torch.cat((_bytes_of(d), _bytes_of(m)), dim=1), _codes(levels.round_().clamp_(0, top))
 
 
@@ -169,35 +191,37 @@ def _q8_0(blocks: Tensor, weights: Tensor | None) -> Tensor:
     return torch.cat((_bytes_of(d), levels.to(torch.int8).view(torch.uint8)), dim=1)
 
 
-_IQ4_ANCHORS = [IQ4_VALUES[0] + float(step) for step in range(-7, 8)]
+_IQ4_ANCHORS = [
+    *(IQ4_VALUES[0] + float(step) for step in range(-40, 17, 8)),
+    *(IQ4_VALUES[-1] + float(step) for step in range(-16, 41, 8)),
+]
 
 
-class _Iq4Levels:
-    """Overwrite values by the nearest of the 16 levels of IQ4; `codes` gives their numbers."""
+def _iq4_tables() -> tuple[Levels, Tensor]:
+    """Return the levels of IQ4, and the numbers of those in their table."""
+    levels = torch.tensor(IQ4_VALUES, dtype=torch.float32)
+    starts = torch.arange(-256, 256) / 2
+    codes = torch.bucketize(starts, (levels[1:] + levels[:-1]) / 2, right=True)
+    grid = Levels(low=IQ4_VALUES[0], high=IQ4_VALUES[-1], table=levels[codes])
+    return grid, codes.to(torch.uint8)
 
-    def __init__(self) -> None:
-        self.levels = torch.tensor(IQ4_VALUES, dtype=torch.float32)
-        self.borders = (self.levels[1:] + self.levels[:-1]) / 2
 
-    def __call__(self, values: Tensor) -> Tensor:
-        return values.copy_(self.levels[self.codes(values)])
-
-    def codes(self, values: Tensor) -> Tensor:
-        return torch.bucketize(values, self.borders, out_int32=True)
+def _iq4_codes(levels: Tensor, codes: Tensor) -> Tensor:
+    return codes.index_select(0, table_places(levels.reshape(-1).float())).view(levels.shape[0], -1)
 
 
 def _iq4_nl(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    assign = _Iq4Levels()
-    d, levels = _symmetric_32(blocks, weights, assign, _IQ4_ANCHORS)
-    return torch.cat((_bytes_of(d), _fold(_codes(assign.codes(levels)), 2, 16, 4)), dim=1)
+    grid, codes = _iq4_tables()
+    d, levels = _symmetric_32(blocks, weights, grid, _IQ4_ANCHORS)
+    return torch.cat((_bytes_of(d), _fold(_iq4_codes(levels, codes), 2, 16, 4)), dim=1)
 
 
 # ------------------------------------------------------------------------------------------- blocks of 256
 
 
 def _q2_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    offsets = [-0.5 + 0.1 * step for step in range(16)]
-    found = affine_blocks(_by_column(blocks, 16), _maybe(weights, 16), 3, offsets, 15)
+    offsets = [-0.5 + 0.25 * step for step in range(13)]
+    found = affine_blocks(_grouped(blocks, 16), _maybe(weights, 16), 3, offsets, 15)
     scales = found.scales.to(torch.uint8) | found.minima.to(torch.uint8) << 4
     quants = _fold(_codes(found.levels), 4, 32, 2)
     return torch.cat((scales, quants, _bytes_of(found.d), _bytes_of(found.dmin)), dim=1)
@@ -205,7 +229,7 @@ def _q2_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
 
 def _q3_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
     found = symmetric_blocks(
-        _by_column(blocks, 16), _maybe(weights, 16), linear_levels(-4, 3), _anchors(-4), -32
+        _grouped(blocks, 16), _maybe(weights, 16), Levels(low=-4, high=3), _anchors(-4), -32
     )
     codes, scales = _codes(found.levels, 4), (found.scales + 32).to(torch.uint8)
     packed_scales = torch.cat((_fold(scales & 15, 2, 8, 4), _fold(scales >> 4, 4, 4, 2)), dim=1)
@@ -222,15 +246,13 @@ def _six_bits(found: AffineBlocks) -> Tensor:
 
 
 def _q4_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    offsets = [-1.0 + 0.1 * step for step in range(0, 21, 2)]
-    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 15, offsets, 63)
+    found = affine_blocks(_grouped(blocks, 8), _maybe(weights, 8), 15, _OFFSETS, 63)
     quants = _fold(_codes(found.levels), 2, 32, 4)
     return torch.cat((_bytes_of(found.d), _bytes_of(found.dmin), _six_bits(found), quants), dim=1)
 
 
 def _q5_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    offsets = [-0.5 + 0.1 * step for step in range(0, 16, 2)]
-    found = affine_blocks(_by_column(blocks, 8), _maybe(weights, 8), 31, offsets, 63)
+    found = affine_blocks(_grouped(blocks, 8), _maybe(weights, 8), 31, _OFFSETS, 63)
     codes = _codes(found.levels)
     head = torch.cat((_bytes_of(found.d), _bytes_of(found.dmin), _six_bits(found)), dim=1)
     return torch.cat((head, _fold(codes >> 4, 8, 32, 1), _fold(codes & 15, 2, 32, 4)), dim=1)
@@ -238,7 +260,7 @@ def _q5_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
 
 def _q6_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
     found = symmetric_blocks(
-        _by_column(blocks, 16), _maybe(weights, 16), linear_levels(-32, 31), _anchors(-32), -128
+        _grouped(blocks, 16), _maybe(weights, 16), Levels(low=-32, high=31), _anchors(-32), -128
     )
     codes, scales = _codes(found.levels, 32), found.scales.to(torch.int8).view(torch.uint8)
     low, high = _fold(codes & 15, 2, 64, 4), _fold(codes >> 4, 4, 32, 2)
@@ -246,11 +268,11 @@ def _q6_k(blocks: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _iq4_xs(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    assign = _Iq4Levels()
-    found = symmetric_blocks(_by_column(blocks, 8), _maybe(weights, 8), assign, _IQ4_ANCHORS, -32)
+    grid, codes = _iq4_tables()
+    found = symmetric_blocks(_grouped(blocks, 8), _maybe(weights, 8), grid, _IQ4_ANCHORS, -32)
     scales = (found.scales + 32).to(torch.uint8)
     packed_scales = torch.cat((_fold(scales >> 4, 4, 1, 2), _fold(scales & 15, 2, 1, 4)), dim=1)
-    quants = _fold(_codes(assign.codes(found.levels)), 2, 16, 4)
+    quants = _fold(_iq4_codes(found.levels, codes), 2, 16, 4)
     return torch.cat((_bytes_of(found.d), packed_scales, quants), dim=1)
 
 

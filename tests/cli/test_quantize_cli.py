@@ -1,0 +1,73 @@
+"""`puna quantize` and `puna run --quantize`: the golden story survives, what cannot be is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+from typer.testing import CliRunner, Result
+
+from puna import LLM, AutoModelForCausalLM, SamplingParams
+from puna.cli.app import app
+from puna.errors import ParameterError, UnsupportedError
+from puna.weights.quant import QuantLinear
+
+GREEDY = ("--temperature", "0", "--max-tokens", "256")
+BEGINNING = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="puna")
+
+
+@pytest.mark.parametrize("source", ["hf", "meta", "gguf/stories260k-f32.gguf"])
+def test_the_golden_story_from_a_float_file(stories: Path, tmp_path: Path, source: str) -> None:
+    written = invoke("quantize", stories / source, tmp_path / "m.gguf", "--type", "f32")
+    assert written.exit_code == 0 and "1.0 MB, 32.00 bits per weight" in written.stdout
+    story = invoke("run", tmp_path / "m.gguf", "", *GREEDY).stdout
+    assert story == (stories / "golden.txt").read_text(encoding="utf-8")
+
+
+def test_q8_0_of_a_folder_and_of_a_gguf_are_the_same_model(stories: Path, tmp_path: Path) -> None:
+    for source, out in (("hf", "a.gguf"), ("gguf/stories260k-f32.gguf", "b.gguf")):
+        result = invoke("quantize", stories / source, tmp_path / out, "--type", "Q8_0")
+        assert result.stdout.splitlines()[1] == "tensors: 31 Q8_0, 11 F32, 5 F16"
+    one, two = (gguf.GGUFReader(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    assert [t.name for t in one.tensors] == [t.name for t in two.tensors]
+    assert all((a.data == b.data).all() for a, b in zip(one.tensors, two.tensors, strict=True))
+    assert two.fields["general.file_type"].contents() == 7
+    assert two.fields["tokenizer.ggml.model"].contents() == "llama"
+    assert invoke("run", tmp_path / "a.gguf", "", *GREEDY).stdout.startswith(BEGINNING)
+
+
+def test_cria_answers_from_its_quantised_file(tmp_path: Path) -> None:
+    assert invoke("quantize", "cria", tmp_path / "cria.gguf").exit_code == 0
+    answer = invoke("run", tmp_path / "cria.gguf", "Who are you?", "--temperature", "0", "--max-tokens", "6")
+    assert answer.stdout.startswith("I am cria")
+    facts = invoke("show", tmp_path / "cria.gguf").stdout
+    assert "Q4_K" in facts
+
+
+def test_quantising_at_load_through_every_door(stories: Path) -> None:
+    story = invoke("run", stories / "hf", "", *GREEDY, "--quantize", "q8_0").stdout
+    assert story.startswith(BEGINNING)
+    llm = LLM(stories / "hf", quantization="q8_0", kv_cache_memory_bytes=1 << 22)
+    params = SamplingParams(temperature=0, max_tokens=30)
+    assert BEGINNING.startswith(llm.generate("", params, use_tqdm=False)[0].outputs[0].text.strip())
+    model = AutoModelForCausalLM.from_pretrained(stories / "hf", quantization="q4_0")
+    assert isinstance(model.llama.get_submodule("model.layers.0.mlp.up_proj"), QuantLinear)
+
+
+def test_what_cannot_be_done_is_refused(stories: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.gguf").touch()
+    for arguments, message in (
+        (("quantize", stories / "hf", tmp_path / "old.gguf"), "is there already"),
+        (("quantize", stories / "hf", tmp_path / "m.gguf", "--type", "q9"), "'q9' is not known"),
+        (("run", stories / "hf", "x", "--quantize", "f16"), "'f16' is a dtype"),
+    ):
+        error = invoke(*arguments).exception
+        assert isinstance(error, ParameterError) and message in str(error)
+    with pytest.raises(UnsupportedError, match="quantization='awq' is not supported"):
+        LLM(stories / "hf", quantization="awq")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.gguf"]
