@@ -158,10 +158,14 @@ PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block
   return total;
 }
 
+// Blocks are read in an order that no prefetcher guesses.
+constexpr int kLine = 64, kAhead = 4096;
+
 template <class T>
 F one_token(const uint8_t* tile, const Group& x, int64_t blocks) {
   F total = Simd::zero_f();
   for (int64_t block = 0; block < blocks; ++block) {
+    for (int at = 0; at < Traits<T>::kTileBytes; at += kLine) __builtin_prefetch(tile + kAhead + at);
     static_for<T::kPhases>(
         [&](auto phase) PUNA_INLINE_LAMBDA { total = one_token_phase<T, phase>(tile, x, block, total); });
     tile += Traits<T>::kTileBytes;
