@@ -224,9 +224,6 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
     const int8_t* values = x.values + from * T::kSub * count;
     const int64_t at = from * count, at_32 = from * T::kSub / 32 * count;
     Simd::I whole[count];
-    static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
-      whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
-    });
     static_for<(C::kGroups + kStep - 1) / kStep>([&](auto run) PUNA_INLINE_LAMBDA {
       constexpr int begin = run * kStep, end = begin + kStep < C::kGroups ? begin + kStep : C::kGroups;
       Simd::P partial[count];
@@ -237,8 +234,10 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
           partial[t] = multiply<T>(partial[t], w, Simd::broadcast(values + 4 * (count * (begin + i) + t)));
         });
       });
-      static_for<count>([&](auto t)
-                            PUNA_INLINE_LAMBDA { whole[t] = Simd::add_partial(whole[t], partial[t]); });
+      static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
+        if constexpr (run == 0) whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
+        whole[t] = Simd::add_partial(whole[t], partial[t]);
+      });
     });
     const F scale = Simd::load_f(panel.scales + 16 * sub);
     static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {

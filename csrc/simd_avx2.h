@@ -87,12 +87,18 @@ struct Simd {
   // How many groups of 4 fit in an int16, for weights up to `largest` and activations up to 127.
   static constexpr int flush(int largest) { return 32767 / (largest * 254); }
   static P dot(P p, W w, A x) {
-    return {_mm256_add_epi16(p.a, _mm256_maddubs_epi16(w.a, x)),
-            _mm256_add_epi16(p.b, _mm256_maddubs_epi16(w.b, x))};
+    return in_this_order({_mm256_add_epi16(p.a, _mm256_maddubs_epi16(w.a, x)),
+                          _mm256_add_epi16(p.b, _mm256_maddubs_epi16(w.b, x))});
   }
   static P dot_signed(P p, W w, A x) {
-    return {_mm256_add_epi16(p.a, _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a))),
-            _mm256_add_epi16(p.b, _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)))};
+    return in_this_order(
+        {_mm256_add_epi16(p.a, _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a))),
+         _mm256_add_epi16(p.b, _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)))});
+  }
+  // GCC would make all products first, and put them on the stack, to add them up as a tree.
+  static P in_this_order(P p) {
+    asm volatile("" : "+x"(p.a), "+x"(p.b));
+    return p;
   }
   static I add_partial(I i, P p) {
     const __m256i ones = _mm256_set1_epi16(1);

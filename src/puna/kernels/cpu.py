@@ -21,6 +21,7 @@ from puna.errors import ConfigError
 TILE_ROWS = 16
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PLAIN = (Tensor, Parameter)
 _CACHE_CODES = _DTYPE_CODES | {torch.float8_e4m3fn: 3, torch.int8: 4}
 
 # ggml's ids of the block types that the kernels know: (values in a block, bytes of a block).
@@ -91,7 +92,7 @@ def computes(*tensors: Tensor) -> bool:
     if dtype not in _DTYPE_CODES:
         return False
     for tensor in tensors:
-        if type(tensor) not in (Tensor, Parameter) or tensor.device.type != "cpu" or tensor.dtype != dtype:
+        if tensor.dtype != dtype or not tensor.is_cpu or type(tensor) not in _PLAIN:
             return False  # a subclass has its own idea of an operation
         if wants_gradient and tensor.requires_grad:
             return False
@@ -162,8 +163,7 @@ def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
     x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else. No
     gradient flows.
     """
-    flat, code, stride = _rows_of(x)
-    tokens, columns = flat.shape
+    flat, code, tokens, columns, stride = _rows_of(x)
     outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     _cpu.linear(
         flat.data_ptr(),
@@ -185,8 +185,7 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     x: (..., columns) on the CPU, float32, float16 or bfloat16; weights: contiguous (rows, columns), all
     float16 or all bfloat16. Raises ValueError for anything else.
     """
-    flat, code, stride = _rows_of(x)
-    tokens, columns = flat.shape
+    flat, code, tokens, columns, stride = _rows_of(x)
     kinds = {weight.dtype for weight in weights}
     if len(kinds) != 1 or not kinds <= {torch.float16, torch.bfloat16}:
         raise ValueError(f"the weights must be all float16 or all bfloat16, got {sorted(map(str, kinds))}")
@@ -212,21 +211,28 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return outs
 
 
-def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
-    """Return x as a matrix whose rows have no gaps, the code of its dtype, and how far apart rows are."""
+def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """Return x as rows without gaps, the code of its dtype, the number of rows and columns, and their stride."""
     code = _DTYPE_CODES.get(x.dtype)
-    if code is None or x.device.type != "cpu":
+    if code is None or not x.is_cpu:
         raise ValueError(
             f"the kernels take float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}"
         )
     columns = x.shape[-1] if x.ndim else 0
     if columns == 0:
         raise ValueError(f"the input has the shape {tuple(x.shape)}, without columns")
+    if x.is_contiguous():
+        return x, code, x.numel() // columns, columns, columns
     flat = x.reshape(-1, columns)
-    tokens = flat.shape[0]
-    if flat.stride(1) != 1 or (tokens > 1 and flat.stride(0) < columns):
+    rows = flat.shape[0]
+    if flat.stride(1) != 1 or (rows > 1 and flat.stride(0) < columns):
         flat = flat.contiguous()
-    return flat, code, flat.stride(0) if tokens > 1 else columns
+    return flat, code, rows, columns, flat.stride(0) if rows > 1 else columns
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return a new tensor like x, contiguous."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -234,13 +240,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     x: (..., columns), weight: (columns,), of one dtype. Raises ValueError for anything else.
     """
-    flat, code, stride = _rows_of(x)
-    rows, columns = flat.shape
+    flat, code, rows, columns, stride = _rows_of(x)
     if weight is not None and (
         weight.shape != (columns,) or weight.dtype != x.dtype or not weight.is_contiguous()
     ):
         raise ValueError(f"a weight {weight.dtype} {tuple(weight.shape)} for rows of {columns} {x.dtype}")
-    out = x.new_empty(x.shape)
+    out = _like(x)
     address = 0 if weight is None else weight.data_ptr()
     _cpu.rms_norm(
         flat.data_ptr(), code, rows, columns, stride, address, out.data_ptr(), eps, torch.get_num_threads()
@@ -255,15 +260,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """
     tokens, heads, head_dim = x.shape
     for angles in (cos, sin):
-        if angles.dtype != torch.float32 or tuple(angles.shape) != (tokens, 1, head_dim // 2):
+        if angles.dtype != torch.float32 or angles.shape != (tokens, 1, head_dim // 2):
             raise ValueError(f"angles {angles.dtype} {tuple(angles.shape)} for {tuple(x.shape)}")
-        if not angles.is_contiguous() or angles.device.type != "cpu":
+        if not angles.is_contiguous() or not angles.is_cpu:
             raise ValueError("angles must be contiguous, on the CPU")
     if head_dim % 2:
         raise ValueError(f"heads of {head_dim} elements have no pairs")
-    if x.stride(2) != 1 or x.stride(1) != head_dim or (tokens > 1 and x.stride(0) < heads * head_dim):
+    rows_lie_apart = x.stride(2) == 1 and x.stride(1) == head_dim and x.stride(0) >= heads * head_dim
+    if not x.is_contiguous() and not rows_lie_apart:
         x = x.contiguous()
-    out = x.new_empty(x.shape)
+    out = _like(x)
     _cpu.rotate(
         x.data_ptr(),
         _DTYPE_CODES[x.dtype],
@@ -281,7 +287,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up, where silu(gate) is rounded to the dtype first. Raises ValueError if they differ."""
+    """Return silu(gate) * up, where silu(gate) is rounded to the dtype first.
+
+    Raises ValueError if they differ in shape or dtype.
+    """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {gate.dtype} {tuple(gate.shape)}, up {up.dtype} {tuple(up.shape)}")
     gate, up = gate.contiguous(), up.contiguous()
@@ -299,7 +308,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def can_store(x: Tensor, cache: Tensor) -> bool:
     """Say whether `store` takes these dtypes."""
-    return x.device.type == cache.device.type == "cpu" and {x.dtype, cache.dtype} <= _DTYPE_CODES.keys()
+    return x.is_cpu and cache.is_cpu and x.dtype in _DTYPE_CODES and cache.dtype in _DTYPE_CODES
 
 
 def store(x: Tensor, cache: Tensor, places: Tensor) -> None:
@@ -313,13 +322,15 @@ def store(x: Tensor, cache: Tensor, places: Tensor) -> None:
         raise ValueError(f"no kernel to store {x.dtype} in {cache.dtype} at {tuple(places.shape)} places")
     if x.shape[1:] != cache.shape[1:] or not cache.is_contiguous() or not places.is_contiguous():
         raise ValueError(f"rows {tuple(x.shape[1:])} for a cache of {tuple(cache.shape[1:])}")
-    flat, code, stride = _rows_of(x.flatten(1))
+    if not x.is_contiguous() and not x[:1].is_contiguous():
+        x = x.contiguous()
+    width = x.numel() // tokens if tokens else 1
     _cpu.store(
-        flat.data_ptr(),
-        code,
+        x.data_ptr(),
+        _DTYPE_CODES[x.dtype],
         tokens,
-        flat.shape[1],
-        stride,
+        width,
+        x.stride(0) if tokens > 1 else width,
         cache.data_ptr(),
         _DTYPE_CODES[cache.dtype],
         cache.shape[0],
@@ -343,7 +354,7 @@ def store_int8(x: Tensor, cache: Tensor, scales: Tensor, places: Tensor) -> None
         raise ValueError(
             f"scales are float32 {tuple(cache.shape[:2])}, got {scales.dtype} {tuple(scales.shape)}"
         )
-    flat, code, stride = _rows_of(x.flatten(1))
+    flat, code, _, _, stride = _rows_of(x.flatten(1))
     _cpu.store_int8(
         flat.data_ptr(),
         code,

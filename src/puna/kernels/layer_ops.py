@@ -14,7 +14,7 @@ from puna.kernels import compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Divide the last dimension of x by its root mean square, in float32, cast back; multiply by the weight."""
+    """Divide the last dimension of x by its root mean square, in float32, cast back; times the weight."""
     kernels = compiled()
     if (
         kernels is not None
@@ -39,7 +39,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     are interleaved, 2i with 2i + 1.
     """
     kernels = compiled()
-    if kernels is not None and x.numel() > 0 and kernels.computes(x) and kernels.computes(cos, sin):
+    if kernels is not None and x.numel() > 0 and kernels.computes(x) and cos.is_cpu:
         out: Tensor = kernels.rotate(x, cos, sin, interleaved=interleaved)
         return out
     wide = x.float()

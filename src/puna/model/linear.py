@@ -16,7 +16,7 @@ class Linear(nn.Linear):
 
 
 def apply_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return [layer(x) for layer in layers]; layers of one kind that has `apply_together` share the work on x."""
+    """Return [layer(x) for layer in layers]; those of one kind with `apply_together` share the work on x."""
     kind = type(layers[0])
     together = getattr(kind, "apply_together", None)
     if together is None or any(type(layer) is not kind or _is_watched(layer) for layer in layers):
