@@ -74,9 +74,7 @@ def main() -> None:
         load = statistics.median(pair[0]["load"] for pair in rounds)
         share = statistics.median(pair[0]["decode"] * size / pair[0]["bandwidth"] for pair in rounds)
         bandwidth = statistics.median(pair[0]["bandwidth"] for pair in rounds) / 1e9
-        print(
-            f"  puna decodes at {share:.0%} of what reading {bandwidth:.1f} GB/s, by two threads of torch, allows"
-        )
+        print(f"  puna decodes at {share:.0%} of what torch's reading of {bandwidth:.1f} GB/s allows")
         print(f"  puna loads in {load:.1f} s; most memory {peak / size:.2f} of the file", flush=True)
 
 
