@@ -68,7 +68,8 @@ def masked(logits: Tensor, sequence: Sequence) -> Tensor:
     """
     params = sequence.params
     forbidden = _forbidden_ids(sequence)
-    if sequence.grammar is params.allowed_token_ids is None and not forbidden and not params.logit_bias:
+    is_free = sequence.grammar is None and params.allowed_token_ids is None
+    if is_free and not forbidden and not params.logit_bias:
         return logits
     logits = logits.clone()
     if sequence.grammar is not None:
