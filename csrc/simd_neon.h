@@ -5,9 +5,8 @@
 // they are the same numbers when they are taken as signed.
 #pragma once
 
-#ifdef PUNA_EMULATE_NEON  // SIMDe's headers, to test on processors of another kind; never in an installed build
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/arm/neon.h>
+#ifdef PUNA_EMULATE_NEON
+#include "emulate_neon.h"
 #else
 #include <arm_neon.h>
 #endif
