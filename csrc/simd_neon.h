@@ -30,7 +30,7 @@ struct Simd {
   using F = Four<float32x4_t>;
   using I = Four<int32x4_t>;
   using P = I;
-  using A = int8x16_t;
+  using A = int8x8_t;  // the 4 activations, then zeros
   using B = uint8x16_t;
 
   static constexpr int flush(int) { return 1 << 20; }
@@ -65,16 +65,20 @@ struct Simd {
     return {veorq_u8(w.a, m), veorq_u8(w.b, m), veorq_u8(w.c, m), veorq_u8(w.d, m)};
   }
 
+  // One load with an offset, whose first lane all products use. A load that fills the lanes takes a place of
+  // a product on many processors, and has no offset.
   static A broadcast(const int8_t* p) {
-    int32_t x;
+    float x;
     __builtin_memcpy(&x, p, 4);
-    return vreinterpretq_s8_s32(vdupq_n_s32(x));
+    return vreinterpret_s8_f32(float32x2_t{x, 0.0f});
   }
   static P zero_partial() { return fill_i(0); }
   static P dot(P p, W w, A x) { return dot_signed(p, w, x); }
   static P dot_signed(P p, W w, A x) {
-    return {vdotq_s32(p.a, vreinterpretq_s8_u8(w.a), x), vdotq_s32(p.b, vreinterpretq_s8_u8(w.b), x),
-            vdotq_s32(p.c, vreinterpretq_s8_u8(w.c), x), vdotq_s32(p.d, vreinterpretq_s8_u8(w.d), x)};
+    return {vdotq_lane_s32(p.a, vreinterpretq_s8_u8(w.a), x, 0),
+            vdotq_lane_s32(p.b, vreinterpretq_s8_u8(w.b), x, 0),
+            vdotq_lane_s32(p.c, vreinterpretq_s8_u8(w.c), x, 0),
+            vdotq_lane_s32(p.d, vreinterpretq_s8_u8(w.d), x, 0)};
   }
   static I fill_i(int32_t x) {
     const int32x4_t v = vdupq_n_s32(x);
