@@ -90,10 +90,26 @@ class PeftModel(nn.Module):
         """
         base = getattr(getattr(model, "llama", model), "config", None)
         config, tensors = read_any_adapter(model_id, base)
+        return cls.from_tensors(
+            model, config, tensors, adapter_name, source=model_id, is_trainable=is_trainable
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        model: Any,
+        config: LoraConfig,
+        tensors: Mapping[str, Tensor],
+        adapter_name: str = "default",
+        *,
+        source: Path | str,
+        is_trainable: bool = False,
+    ) -> Self:
+        """Put an adapter that was read from `source` into `model`; raises as `from_pretrained` does."""
         config = dataclasses.replace(config, inference_mode=not is_trainable)
         peft_model = cls(model, config, adapter_name, to_load=True)
         try:
-            peft_model._fill(adapter_name, tensors, model_id)
+            peft_model._fill(adapter_name, tensors, source)
         except CheckpointError:
             take_out(peft_model.network, [])
             raise

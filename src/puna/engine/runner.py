@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from puna.engine.paged_cache import PagedAttention, PagedKVCache
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Batch
 from puna.model.llama import Llama
+from puna.model.lora_serving import AdapterRows, ServedAdapter, install
 
 _LOGIT_ROWS = 128
 
@@ -31,6 +33,7 @@ class Runner:
         self.cache = cache
         self.follow = follow
         self.device = model.model.norm.weight.device
+        self._rows, self._head_rows = AdapterRows(), AdapterRows()
 
     def run(self, batch: Batch) -> list[Tensor]:
         """Compute a batch; return for each sequence the hidden states that are needed, (rows, hidden).
@@ -52,21 +55,40 @@ class Runner:
             positions.extend(range(start, end))
             select.extend(range(len(ids) - needed, len(ids)))
             rows.append(needed)
-        hidden = self.model.hidden_states(
-            torch.tensor(ids, device=self.device),
-            torch.tensor(positions, device=self.device),
-            self._attention(batch),
-            torch.tensor(select, dtype=torch.long, device=self.device),
-        )
+        with self.adapted([sequence.adapter for sequence in batch.sequences], batch.counts):
+            hidden = self.model.hidden_states(
+                torch.tensor(ids, device=self.device),
+                torch.tensor(positions, device=self.device),
+                self._attention(batch),
+                torch.tensor(select, dtype=torch.long, device=self.device),
+            )
         if self.follow is not None:
             self.follow(batch)
         return list(hidden.split(rows))  # type: ignore[no-untyped-call]
 
-    def logits(self, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
-        """Yield the logits (vocab,) of each row, in order."""
+    def logits(self, batch: Batch, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
+        """Yield the logits (vocab,) of each row that `run` returned, in order."""
         rows = torch.cat(list(hidden))
+        adapters = [
+            sequence.adapter
+            for sequence, states in zip(batch.sequences, hidden, strict=True)
+            for _ in range(len(states))
+        ]
         for start in range(0, len(rows), _LOGIT_ROWS):
-            yield from self.model.logits(rows[start : start + _LOGIT_ROWS])
+            part = rows[start : start + _LOGIT_ROWS]
+            with self._head_rows.of(adapters[start : start + _LOGIT_ROWS], [1] * len(part), self.device):
+                logits = self.model.logits(part)
+            yield from logits
+
+    def install(self, adapter: ServedAdapter) -> None:
+        """Make the model ready for requests with this adapter."""
+        install(self.model, adapter, self._rows, self._head_rows)
+
+    def adapted(
+        self, adapters: SequenceOf[ServedAdapter | None], counts: SequenceOf[int]
+    ) -> AbstractContextManager[None]:
+        """Give the rows of the passes within the block their adapters, counts[0] to adapters[0], and so on."""
+        return self._rows.of(adapters, counts, self.device)
 
     def _attention(self, batch: Batch) -> PagedAttention:
         tables = [sequence.block_table for sequence in batch.sequences]
