@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "locate": {"cria", "gguf_header"},
     "outputs": {"engine", "text"},
     "prompts": {"text_engine"},
-    "text_engine": {"outputs", "engine", "model", "text"},
+    "served_adapters": {"peft_model", "engine", "weights", "model"},
+    "text_engine": {"served_adapters", "outputs", "engine", "model", "text"},
     "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
@@ -106,6 +107,7 @@ def test_public_names() -> None:
         "EmbeddingOutput",
         "EmbeddingRequestOutput",
         "LLM",
+        "LoRARequest",
         "LoraConfig",
         "PeftModel",
         "PoolingOutput",

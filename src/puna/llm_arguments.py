@@ -156,20 +156,15 @@ def speculative_of(
 
 
 def make_adapters(
-    network: Llama,
-    *,
-    enable_lora: bool,
-    max_loras: int,
-    max_lora_rank: int,
-    max_cpu_loras: int | None,
+    network: Llama, enable_lora: bool, max_loras: int, max_lora_rank: int, max_cpu_loras: int | None
 ) -> AdapterStore | None:
     """Make what reads the adapters of requests, None where there shall be none."""
-    if enable_lora not in (True, False):
-        raise ParameterError(f"enable_lora must be True or False, got {enable_lora!r}")
     if enable_lora:
         return AdapterStore(
             network, max_loras=max_loras, max_lora_rank=max_lora_rank, max_cpu_loras=max_cpu_loras
         )
+    if (max_loras, max_lora_rank, max_cpu_loras) != (1, 16, None):
+        raise ParameterError("max_loras, max_lora_rank and max_cpu_loras need enable_lora=True")
     return None
 
 
