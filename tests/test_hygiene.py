@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "prompts": {"text_engine"},
     "served_adapters": {"peft_model", "engine", "weights", "model"},
     "text_engine": {"served_adapters", "outputs", "engine", "model", "text"},
-    "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
+    "session": {"served_adapters", "peft_model", "text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
     "async_llm",

@@ -7,9 +7,10 @@ weights; what cannot be served row by row is refused by name. How rows get their
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import logging
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from puna.engine.sampling import check_integer
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
+from puna.model.config import LlamaConfig
 from puna.model.llama import Llama
 from puna.model.lora import adapter_modules, base_biases
 from puna.model.lora_config import LoraConfig
@@ -43,8 +45,6 @@ from puna.model.lora_switch import AdapterModule, SavedModule, TrainableTokens
 from puna.peft_model import PeftModel
 from puna.weights.adapter_import import read_any_adapter
 from puna.weights.loader import empty_model, without_memory
-
-logger = logging.getLogger(__name__)
 
 _NAME = "served"
 _WAY_OUT = "merge it into the model instead (puna merge)"
@@ -171,33 +171,63 @@ class AdapterStore:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenedAdapter:
+    """An adapter that was read, and fits a model of its shape; `skeleton` is one without weights."""
+
+    name: str
+    folder: Path | str
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+    skeleton: Llama
+
+    @property
+    def rank(self) -> int:
+        """Return the highest rank in it."""
+        first = re.compile(r"\.lora_(A\.weight|embedding_A)$")
+        return max((t.shape[0] for name, t in self.tensors.items() if first.search(name)), default=1)
+
+    def serve(self, network: Llama) -> ServedAdapter:
+        """Return it for a model that stays as it is; only its dtype and packed weights are looked at.
+
+        Raises UnsupportedError, with the way out, for what cannot be served row by row.
+        """
+        _require_servable(self.config, self.name)
+        changes = _Reading(network, self.skeleton, self.tensors, self.name).changes(self.config)
+        return ServedAdapter(name=self.name, key=_digest(self.config, self.tensors), changes=changes)
+
+
+def open_adapter(folder: Path | str, base: LlamaConfig, *, name: str = _NAME) -> OpenedAdapter:
+    """Read an adapter of any tool for models like `base`, whose weights are not needed yet.
+
+    Raises ModelNotFoundError, ConfigError, and CheckpointError listing every tensor that does not fit.
+    """
+    try:
+        config, tensors = read_any_adapter(folder, base)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"loading adapter {name!r} failed: {error}") from error
+    with without_memory():
+        undrawn = dataclasses.replace(config, init_lora_weights=False)
+        fitted = PeftModel.from_tensors(empty_model(base), undrawn, tensors, _NAME, source=folder)
+    return OpenedAdapter(
+        name=name, folder=folder, config=config, tensors=tensors, skeleton=fitted.network
+    )
+
+
 def read_served(
     network: Llama, folder: Path | str, *, name: str = _NAME, max_rank: int | None = None
 ) -> ServedAdapter:
-    """Read an adapter for a model that stays as it is; only its dtype and packed weights are looked at.
+    """Read an adapter and make it ready for a model; raises what `open_adapter` and `serve` do.
 
-    Raises ModelNotFoundError, ConfigError, and CheckpointError listing every tensor that does not fit;
-    ParameterError for a rank above `max_rank`; UnsupportedError, with the way out, for what cannot be served.
+    Raises ParameterError for a rank above `max_rank`.
     """
-    try:
-        config, tensors = read_any_adapter(folder, network.config)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"loading adapter {name!r} failed: {error}") from error
-    _require_servable(config, name)
-    with without_memory():
-        plain = LoraConfig(**{**vars(config), "init_lora_weights": False})
-        skeleton = PeftModel.from_tensors(
-            empty_model(network.config), plain, tensors, _NAME, source=folder
-        ).network
-    highest = max((t.shape[0] for key, t in tensors.items() if ".lora_A" in key), default=1)
-    highest = max(highest, *(t.shape[0] for key, t in tensors.items() if key.endswith("lora_embedding_A")), 1)
-    if max_rank is not None and highest > max_rank:
+    opened = open_adapter(folder, network.config, name=name)
+    if max_rank is not None and opened.rank > max_rank:
         raise ParameterError(
-            f"adapter {name!r} has rank {highest}, above max_lora_rank {max_rank}: "
-            f"give max_lora_rank={highest}"
+            f"adapter {name!r} has rank {opened.rank}, above max_lora_rank {max_rank}: "
+            f"give max_lora_rank={opened.rank}"
         )
-    changes = _Reading(network, skeleton, tensors, name).changes(plain)
-    return ServedAdapter(name=name, key=_digest(config, tensors), changes=changes)
+    return opened.serve(network)
 
 
 def _require_servable(config: LoraConfig, name: str) -> None:

@@ -6,6 +6,7 @@ what is new.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from puna.engine.sampling import SamplingParams
     from puna.model import Llama
+    from puna.model.lora_serving import ServedAdapter
+    from puna.served_adapters import OpenedAdapter
     from puna.text.tokenizer import Tokenizer
 
 
@@ -35,10 +38,14 @@ class Usage:
 class Session:
     """Hold a model, its tokenizer, and an engine for one request at a time."""
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, *, adapter: OpenedAdapter | None = None
+    ) -> None:
+        """Take a model, and the adapter that all its answers shall have."""
         from puna.engine.llm_engine import EngineConfig
         from puna.text_engine import TextEngine
 
+        self._adapter = None if adapter is None else _put_in(adapter, model)
         self.model = model
         self.tokenizer = tokenizer
         self.usage = Usage()
@@ -52,12 +59,14 @@ class Session:
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: str = "cpu",
         quantize: str | None = None,
+        adapter: Path | str | None = None,
     ) -> Callable[[], Session]:
         """Read all but the weights of a path that `find_model` gave; return what loads those, and opens it.
 
         Most of what can be wrong with a model is found here, before any memory is needed. `quantize` is what
-        `load_model` takes.
+        `load_model` takes, `adapter` the folder of one.
         """
+        from puna.served_adapters import open_adapter
         from puna.text.tokenizer import load_tokenizer
         from puna.weights.loader import load_model, open_checkpoint
         from puna.weights.quantize_load import block_file_type
@@ -66,7 +75,10 @@ class Session:
             block_file_type(quantize)  # raises for an unknown one
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
-        return lambda: cls(load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer)
+        opened = None if adapter is None else open_adapter(adapter, checkpoint.config, name=Path(adapter).name)
+        return lambda: cls(
+            load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer, adapter=opened
+        )
 
     @property
     def context_length(self) -> int:
@@ -82,7 +94,11 @@ class Session:
         """
         self.usage = usage = Usage(prompt_tokens=len(prompt_ids))
         began = time.monotonic()
-        request = self._engine.add("session", prompt_ids, params, continues=continues)
+        request = self._engine.add_prepared(
+            "session",
+            dataclasses.replace(self._engine.prepare(prompt_ids, params), adapter=self._adapter),
+            continues=continues,
+        )
         shown = 0
         try:
             while self._engine.has_unfinished:
@@ -102,3 +118,15 @@ class Session:
             usage.prompt_seconds, usage.cached_tokens = now - began, cached_tokens
         usage.output_tokens = output_tokens
         usage.output_seconds = now - began - usage.prompt_seconds
+
+
+def _put_in(adapter: OpenedAdapter, model: Llama) -> ServedAdapter | None:
+    """Return the adapter for requests; one that cannot be served by rows is put into the model for good."""
+    from puna.errors import UnsupportedError
+    from puna.peft_model import PeftModel
+
+    try:
+        return adapter.serve(model)
+    except UnsupportedError:
+        PeftModel.from_tensors(model, adapter.config, adapter.tensors, source=adapter.folder)
+        return None

@@ -52,7 +52,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(asdict(facts), indent=2, default=str))
     else:
-        typer.echo("\n".join(_lines(facts)))
+        typer.echo("\n".join(adapter_lines(facts)))
 
 
 @adapter.command()
@@ -108,7 +108,8 @@ def merge(
     typer.echo(f"wrote {out}: {base} with {folder} in its weights")
 
 
-def _lines(facts: AdapterFacts) -> list[str]:
+def adapter_lines(facts: AdapterFacts) -> list[str]:
+    """Return the facts of an adapter as lines."""
     extras = [name for name, on in (("rsLoRA", facts.use_rslora), ("DoRA", facts.use_dora)) if on]
     targets = ", ".join(f"{name} ({count})" for name, count in facts.modules.items())
     parts = ", ".join(f"{count:,} {kind}" for kind, count in facts.parts.items())

@@ -9,7 +9,9 @@ from puna.cli.model_facts import ModelFacts
 from puna.cli.sampling_options import parameter_rows
 
 
-def modelfile(facts: ModelFacts, sampling: Mapping[str, Any], system: str | None) -> str:
+def modelfile(
+    facts: ModelFacts, sampling: Mapping[str, Any], system: str | None, adapter: str | None = None
+) -> str:
     """Return the Modelfile; settings of the user win over those of the model.
 
     A chat template is Jinja here and a Go template in Ollama, which finds the one it needs by itself; so
@@ -22,6 +24,8 @@ def modelfile(facts: ModelFacts, sampling: Mapping[str, Any], system: str | None
         "",
         f"FROM {facts.path}",
     ]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
     if system is not None:
         lines.append(f"SYSTEM {_quoted(system)}")
     lines += [f"PARAMETER {name} {value}" for name, value in parameter_rows({**facts.sampling, **sampling})]

@@ -57,8 +57,6 @@ def beam_search(
     engine.check(prompt_ids, step_params)
     room = min(params.max_tokens, engine.max_model_len - len(prompt_ids))
     _check_room(engine, len(prompt_ids), room, params.beam_width)
-    if adapter is not None:
-        engine.runner.install(adapter)
     first = Sequence("beam", prompt_ids, step_params, max_tokens=room, grammar=grammar, adapter=adapter)
     engine.scheduler.add(first)
     search = _Search(engine, params, num_token_ids or engine.model.config.vocab_size)

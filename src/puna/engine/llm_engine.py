@@ -187,8 +187,6 @@ class LLMEngine:
             grammar=grammar,
             adapter=adapter,
         )
-        if adapter is not None:
-            self.runner.install(adapter)
         self._sequences[request_id] = [sequence]
         self.scheduler.add(sequence)
 

@@ -6,6 +6,7 @@ Logits are computed for few rows at a time, since a row is as wide as the vocabu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ class Runner:
         self.follow = follow
         self.device = model.model.norm.weight.device
         self._rows, self._head_rows = AdapterRows(), AdapterRows()
+        self._installed: weakref.WeakSet[ServedAdapter] = weakref.WeakSet()
 
     def run(self, batch: Batch) -> list[Tensor]:
         """Compute a batch; return for each sequence the hidden states that are needed, (rows, hidden).
@@ -80,14 +82,14 @@ class Runner:
                 logits = self.model.logits(part)
             yield from logits
 
-    def install(self, adapter: ServedAdapter) -> None:
-        """Make the model ready for requests with this adapter."""
-        install(self.model, adapter, self._rows, self._head_rows)
-
     def adapted(
         self, adapters: SequenceOf[ServedAdapter | None], counts: SequenceOf[int]
     ) -> AbstractContextManager[None]:
         """Give the rows of the passes within the block their adapters, counts[0] to adapters[0], and so on."""
+        for adapter in adapters:
+            if adapter is not None and adapter not in self._installed:
+                install(self.model, adapter, self._rows, self._head_rows)
+                self._installed.add(adapter)
         return self._rows.of(adapters, counts, self.device)
 
     def _attention(self, batch: Batch) -> PagedAttention:
