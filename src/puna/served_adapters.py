@@ -7,10 +7,8 @@ weights; what cannot be served row by row is refused by name. How rows get their
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.engine.sampling import check_integer
-from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
-from puna.model.config import LlamaConfig
+from puna.errors import ParameterError, UnsupportedError
 from puna.model.llama import Llama
 from puna.model.lora import adapter_modules, base_biases
 from puna.model.lora_config import LoraConfig
@@ -43,12 +40,9 @@ from puna.model.lora_serving import (
 )
 from puna.model.lora_switch import AdapterModule, SavedModule, TrainableTokens
 from puna.peft_model import PeftModel
-from puna.weights.adapter_import import read_any_adapter
-from puna.weights.loader import empty_model, without_memory
+from puna.weights.adapter_open import ADAPTER, TABLES, OpenedAdapter, open_adapter
 
-_NAME = "served"
 _WAY_OUT = "merge it into the model instead (puna merge)"
-_TABLES = ("model.embed_tokens", HEAD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,51 +165,27 @@ class AdapterStore:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenedAdapter:
-    """An adapter that was read, and fits a model of its shape; `skeleton` is one without weights."""
+def serve(adapter: OpenedAdapter, network: Llama) -> ServedAdapter:
+    """Make an adapter ready for a model that stays as it is; of it, dtype and packed weights are looked at.
 
-    name: str
-    folder: Path | str
-    config: LoraConfig
-    tensors: Mapping[str, Tensor]
-    skeleton: Llama
-
-    @property
-    def rank(self) -> int:
-        """Return the highest rank in it."""
-        first = re.compile(r"\.lora_(A\.weight|embedding_A)$")
-        return max((t.shape[0] for name, t in self.tensors.items() if first.search(name)), default=1)
-
-    def serve(self, network: Llama) -> ServedAdapter:
-        """Return it for a model that stays as it is; only its dtype and packed weights are looked at.
-
-        Raises UnsupportedError, with the way out, for what cannot be served row by row.
-        """
-        _require_servable(self.config, self.name)
-        changes = _Reading(network, self.skeleton, self.tensors, self.name).changes(self.config)
-        return ServedAdapter(name=self.name, key=_digest(self.config, self.tensors), changes=changes)
-
-
-def open_adapter(folder: Path | str, base: LlamaConfig, *, name: str = _NAME) -> OpenedAdapter:
-    """Read an adapter of any tool for models like `base`, whose weights are not needed yet.
-
-    Raises ModelNotFoundError, ConfigError, and CheckpointError listing every tensor that does not fit.
+    Raises UnsupportedError, with the way out, for what cannot be served row by row.
     """
+    _require_servable(adapter.config, adapter.name)
+    changes = _Reading(network, adapter).changes()
+    return ServedAdapter(name=adapter.name, key=_digest(adapter.config, adapter.tensors), changes=changes)
+
+
+def put_in(adapter: OpenedAdapter, network: Llama) -> ServedAdapter | None:
+    """Return an adapter for requests; one that cannot be served by rows is put into the model for good."""
     try:
-        config, tensors = read_any_adapter(folder, base)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"loading adapter {name!r} failed: {error}") from error
-    with without_memory():
-        undrawn = dataclasses.replace(config, init_lora_weights=False)
-        fitted = PeftModel.from_tensors(empty_model(base), undrawn, tensors, _NAME, source=folder)
-    return OpenedAdapter(
-        name=name, folder=folder, config=config, tensors=tensors, skeleton=fitted.network
-    )
+        return serve(adapter, network)
+    except UnsupportedError:
+        PeftModel.from_tensors(network, adapter.config, adapter.tensors, source=adapter.folder)
+        return None
 
 
 def read_served(
-    network: Llama, folder: Path | str, *, name: str = _NAME, max_rank: int | None = None
+    network: Llama, folder: Path | str, *, name: str | None = None, max_rank: int | None = None
 ) -> ServedAdapter:
     """Read an adapter and make it ready for a model; raises what `open_adapter` and `serve` do.
 
@@ -224,10 +194,10 @@ def read_served(
     opened = open_adapter(folder, network.config, name=name)
     if max_rank is not None and opened.rank > max_rank:
         raise ParameterError(
-            f"adapter {name!r} has rank {opened.rank}, above max_lora_rank {max_rank}: "
+            f"adapter {opened.name!r} has rank {opened.rank}, above max_lora_rank {max_rank}: "
             f"give max_lora_rank={opened.rank}"
         )
-    return opened.serve(network)
+    return serve(opened, network)
 
 
 def _require_servable(config: LoraConfig, name: str) -> None:
@@ -258,20 +228,20 @@ def _digest(config: LoraConfig, tensors: Mapping[str, Tensor]) -> bytes:
 class _Reading:
     """Make the changes of an adapter from its tensors and the modules that a model without weights got."""
 
-    def __init__(self, network: Llama, skeleton: Llama, tensors: Mapping[str, Tensor], name: str) -> None:
+    def __init__(self, network: Llama, adapter: OpenedAdapter) -> None:
         norm = network.model.norm.weight
-        self._network, self._skeleton, self._name = network, skeleton, name
+        self._network, self._adapter = network, adapter
+        self._skeleton, self._tensors = adapter.skeleton, adapter.tensors
         self._device, self._dtype = norm.device, norm.dtype
-        self._tensors = tensors
 
     @torch.no_grad()
-    def changes(self, config: LoraConfig) -> dict[str, tuple[Change, ...]]:
+    def changes(self) -> dict[str, tuple[Change, ...]]:
         """Return the changes of each module; raises UnsupportedError for a changed base table."""
         found: dict[str, tuple[Change, ...]] = {}
         for name, module in adapter_modules(self._skeleton):
             for place, change in self._of(name, module).items():
                 found[place] = (*found.get(place, ()), change)
-        for _, biases in base_biases(self._skeleton, {_NAME: config}):
+        for _, biases in base_biases(self._skeleton, {ADAPTER: self._adapter.config}):
             for full in biases:
                 name = full.removesuffix(".bias").removesuffix(".base_layer")
                 bias = cast(Tensor, base_of(self._network, name).bias)
@@ -285,19 +255,19 @@ class _Reading:
             return {name: self._low_rank(name, module)}
         if isinstance(module, LoraEmbedding):
             a, b = self._get(f"{name}.lora_embedding_A"), self._get(f"{name}.lora_embedding_B")
-            return {name: LowRankTable(a, b, module.scaling[_NAME])}
+            return {name: LowRankTable(a, b, module.scaling[ADAPTER])}
         if isinstance(module, SavedModule):
             return {name: NewWeight(self._get(f"{name}.weight").to(self._dtype))}
         if isinstance(module, TrainableTokens):
             rows = self._get(f"{name}.token_adapter.trainable_tokens_delta")
-            change = NewTokens(module.token_indices[_NAME], rows, self._network.config.vocab_size)
+            change = NewTokens(module.token_indices[ADAPTER], rows, self._network.config.vocab_size)
             tied = name == "model.embed_tokens" and self._skeleton.lm_head is None
             return {name: change, HEAD: change} if tied else {name: change}
-        raise UnsupportedError(f"adapter {self._name!r}: {name}: {_WAY_OUT}")
+        raise UnsupportedError(f"adapter {self._adapter.name!r}: {name}: {_WAY_OUT}")
 
     def _low_rank(self, name: str, module: LoraLinear) -> LowRank:
         a, b = self._get(f"{name}.lora_A.weight"), self._get(f"{name}.lora_B.weight")
-        scale = module.scaling[_NAME]
+        scale = module.scaling[ADAPTER]
         bias = self._tensors.get(f"{name}.lora_B.bias")
         stretch = base_bias = None
         if f"{name}.lora_magnitude_vector" in self._tensors:
@@ -313,7 +283,7 @@ class _Reading:
 
     def _require_base_tables(self) -> None:
         """Take the copies of table and head that PEFT saves beside adapters on them, if they are the base's."""
-        for name in _TABLES:
+        for name in TABLES:
             for key in (f"{name}.base_layer.weight", f"{name}.weight"):
                 if key not in self._tensors or key == f"{name}.weight" and self._is_saved(name):
                     continue
@@ -324,7 +294,7 @@ class _Reading:
                     weight = base.weight
                     if torch.equal(self._get(key).to(weight.dtype), weight):
                         continue
-                raise UnsupportedError(f"adapter {self._name!r}: {key} is not the model's own: {_WAY_OUT}")
+                raise UnsupportedError(f"adapter {self._adapter.name!r}: {key} is not the model's own: {_WAY_OUT}")
 
     def _is_saved(self, name: str) -> bool:
         return any(n == name and isinstance(m, SavedModule) for n, m in adapter_modules(self._skeleton))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from puna.engine.sampling import SamplingParams
     from puna.model import Llama
     from puna.model.lora_serving import ServedAdapter
-    from puna.served_adapters import OpenedAdapter
     from puna.text.tokenizer import Tokenizer
+    from puna.weights.adapter_open import OpenedAdapter
 
 
 @dataclass
@@ -43,9 +43,10 @@ class Session:
     ) -> None:
         """Take a model, and the adapter that all its answers shall have."""
         from puna.engine.llm_engine import EngineConfig
+        from puna.served_adapters import put_in
         from puna.text_engine import TextEngine
 
-        self._adapter = None if adapter is None else _put_in(adapter, model)
+        self._adapter = None if adapter is None else put_in(adapter, model)
         self.model = model
         self.tokenizer = tokenizer
         self.usage = Usage()
@@ -66,8 +67,8 @@ class Session:
         Most of what can be wrong with a model is found here, before any memory is needed. `quantize` is what
         `load_model` takes, `adapter` the folder of one.
         """
-        from puna.served_adapters import open_adapter
         from puna.text.tokenizer import load_tokenizer
+        from puna.weights.adapter_open import open_adapter
         from puna.weights.loader import load_model, open_checkpoint
         from puna.weights.quantize_load import block_file_type
 
@@ -75,7 +76,7 @@ class Session:
             block_file_type(quantize)  # raises for an unknown one
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
-        opened = None if adapter is None else open_adapter(adapter, checkpoint.config, name=Path(adapter).name)
+        opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
         return lambda: cls(
             load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer, adapter=opened
         )
@@ -119,14 +120,3 @@ class Session:
         usage.output_tokens = output_tokens
         usage.output_seconds = now - began - usage.prompt_seconds
 
-
-def _put_in(adapter: OpenedAdapter, model: Llama) -> ServedAdapter | None:
-    """Return the adapter for requests; one that cannot be served by rows is put into the model for good."""
-    from puna.errors import UnsupportedError
-    from puna.peft_model import PeftModel
-
-    try:
-        return adapter.serve(model)
-    except UnsupportedError:
-        PeftModel.from_tensors(model, adapter.config, adapter.tensors, source=adapter.folder)
-        return None
