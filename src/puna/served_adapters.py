@@ -242,7 +242,7 @@ class _Reading:
             for place, change in self._of(name, module).items():
                 found[place] = (*found.get(place, ()), change)
         for _, biases in base_biases(self._skeleton, {ADAPTER: self._adapter.config}):
-            for full in biases:
+            for full in set(biases) & set(self._tensors):
                 name = full.removesuffix(".bias").removesuffix(".base_layer")
                 bias = cast(Tensor, base_of(self._network, name).bias)
                 change = AddedBias(self._get(full).float() - bias.float())

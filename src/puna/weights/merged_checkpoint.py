@@ -64,7 +64,9 @@ class MergedCheckpoint:
         left = set(self._merges)
         for name, value in self._checkpoint.tensors():
             if name == f"{_TABLE}.weight" and self._unties:
-                yield f"{_HEAD}.weight", self._merged(f"{_HEAD}.weight", value)
+                assert self._adapter is not None
+                table = self._adapter.tensors.get(f"{_TABLE}.base_layer.weight", value)
+                yield f"{_HEAD}.weight", self._merged(f"{_HEAD}.weight", table)
                 left.discard(f"{_HEAD}.weight")
             left.discard(name)
             yield name, self._merged(name, value)
@@ -121,7 +123,7 @@ class _Merges:
                 if key in self._tensors and not isinstance(self._module(name), SavedModule):
                     found[f"{name}.weight"] = self._replaced(key)
         for _, biases in base_biases(self._skeleton, {ADAPTER: self._config}):
-            for key in biases:
+            for key in set(biases) & set(self._tensors):
                 found[key.replace(".base_layer.bias", ".bias")] = self._replaced(key)
         return found
 
