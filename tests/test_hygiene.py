@@ -29,8 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": {"engine", "text"},
     "prompts": {"text_engine"},
     "served_adapters": {"peft_model", "engine", "weights", "model"},
+    "export_check": {"text_engine", "engine", "peft_model", "weights", "model", "text"},
     "text_engine": {"served_adapters", "outputs", "engine", "model", "text"},
-    "session": {"served_adapters", "peft_model", "text_engine", "engine", "weights", "model", "text", "locate"},
+    "session": {"served_adapters", "text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
     "async_llm",

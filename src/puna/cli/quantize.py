@@ -49,7 +49,7 @@ def quantize(
         raise ParameterError(f"{out}: is there already: give a new file")
     path = find_model(source)
     checkpoint = open_checkpoint(path)
-    metadata = _metadata(path, checkpoint)
+    metadata = gguf_keys(path, checkpoint)
     weights = None if imatrix is None else read_imatrix(imatrix)
     if imatrix is not None:
         metadata["quantize.imatrix.file"] = str(imatrix)
@@ -58,10 +58,10 @@ def quantize(
     written = write_quantized(
         checkpoint, out, metadata, wanted, importance=weights, allow_requantize=allow_requantize
     )
-    typer.echo(_summary(out, written, time.monotonic() - began))
+    typer.echo(f"{summary(out, written)}\ntook {time.monotonic() - began:.1f} s")
 
 
-def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
+def gguf_keys(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
     """Return what stands in the file beside the weights: a GGUF's own keys, or others'."""
     from puna.gguf_header import read_metadata
     from puna.text.gguf_vocab_export import gguf_vocabulary
@@ -75,12 +75,13 @@ def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
     return {**gguf_metadata(checkpoint.config, path.resolve().name), **vocabulary}
 
 
-def _summary(out: Path, written: Written, seconds: float) -> str:
+def summary(out: Path, written: Written) -> str:
+    """Return how large a file became, and what is in it."""
     types = ", ".join(
         f"{count} {kind.name}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1])
     )
     bits = written.num_bytes * 8 / written.num_weights
     return (
-        f"wrote {out}: {written.num_bytes / 1e6:,.1f} MB, {bits:.2f} bits per weight, {seconds:.1f} s\n"
+        f"wrote {out}: {written.num_bytes / 1e6:,.1f} MB, {bits:.2f} bits per weight\n"
         f"tensors: {types}"
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.errors import CheckpointError, ParameterError, UnsupportedError
+from puna.errors import CheckpointError, UnsupportedError
 from puna.gguf_header import Value
 from puna.model.config import LlamaConfig
 from puna.model.lora_config import LoraConfig
@@ -181,11 +181,3 @@ def _module(file: GgufFile, weight: str, base: LlamaConfig) -> str:
         raise CheckpointError(file.path, f"{weight} is no weight of a Llama")
     mlp = "feed_forward" if base.is_llama4 else "mlp"
     return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]].format(mlp=mlp)}"
-
-
-def require_gguf_name(out: Path) -> None:
-    """Raise ParameterError for a file that is there already, or is not called .gguf."""
-    if out.suffix != ".gguf":
-        raise ParameterError(f"{out}: a GGUF file's name ends in .gguf")
-    if out.exists():
-        raise ParameterError(f"{out}: is there already: give a new file")

@@ -81,14 +81,19 @@ def write_hf_stream(
             (part / name).write_text(text, encoding="utf-8")
 
 
+def require_new(folder: Path, keep: Sequence[Path] = ()) -> None:
+    """Raise ParameterError for a folder with something in it besides the files to keep."""
+    if folder.exists() and (not folder.is_dir() or any(path not in keep for path in folder.iterdir())):
+        raise ParameterError(f"{folder}: is there already: give a new or an empty folder")
+
+
 @contextmanager
 def _new_folder(
     base: Path, folder: Path, config: Mapping[str, object], keep: Sequence[Path]
 ) -> Iterator[Path]:
     """Give a folder to write into, which takes its place as `folder` at the end, with the files of `base`."""
     base, folder = base.expanduser(), folder.expanduser()
-    if folder.exists() and (not folder.is_dir() or any(path not in keep for path in folder.iterdir())):
-        raise ParameterError(f"{folder}: is there already: give a new or an empty folder")
+    require_new(folder, keep)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
