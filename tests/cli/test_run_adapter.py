@@ -44,7 +44,8 @@ def invoke(*arguments: str | Path) -> Result:
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_as_the_merged_model(stories: Path, tmp_path: Path, kind: str, base: str) -> None:
     adapter = save(stories, tmp_path / "adapter", **KINDS[kind])
-    assert invoke("adapter", "merge", adapter, tmp_path / "merged", "--model", stories / "hf").exit_code == 0
+    merged = invoke("merge", stories / "hf", adapter, tmp_path / "merged", "--no-check")
+    assert merged.stdout == f"wrote {tmp_path / 'merged'}: {stories / 'hf'} with {adapter} in its weights\n"
     expected = invoke("run", tmp_path / "merged", "Once upon", *GREEDY).stdout
     assert expected != invoke("run", stories / "hf", "Once upon", *GREEDY).stdout
     found = invoke("run", stories / base, "Once upon", *GREEDY, "--adapter", adapter)

@@ -42,11 +42,12 @@ def merge(
     become whole. The result is read again and compared with the adapter beside the model.
     """
     from puna.weights.merged_checkpoint import MergedCheckpoint
-    from puna.weights.write_hf import require_new, write_hf_stream
+    from puna.weights.write_hf import hf_config, require_new, write_hf_stream
 
     require_new(out)
     job = _Job(model, adapter)
     merged = MergedCheckpoint(job.checkpoint, job.adapter, dequantize=True)
+    hf_config(merged.path, merged.config, merged.dtype)  # raises for another format, before it takes long
     expected = None if no_check else job.answers()
     files = {"README.md": job.card()}
     if job.template is not None and job.trained_template is not None:

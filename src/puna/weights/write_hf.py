@@ -48,7 +48,7 @@ def write_hf(
     if packed:
         raise UnsupportedError(f"quantised weights cannot be written as a Hugging Face folder: {packed[0]}")
     dtype = network.model.norm.weight.dtype
-    with _new_folder(Path(base), Path(folder), _config(Path(base), network.config, dtype), keep) as part:
+    with _new_folder(Path(base), Path(folder), hf_config(Path(base), network.config, dtype), keep) as part:
         _write_shards(weights.items(), part, max_shard_bytes)
 
 
@@ -65,7 +65,7 @@ def write_hf_stream(
     as `write_hf` does, and CheckpointError naming tensors that do not fit the config.
     """
     expected = {name: tuple(t.shape) for name, t in empty_model(checkpoint.config).state_dict().items()}
-    config = _config(checkpoint.path, checkpoint.config, checkpoint.dtype)
+    config = hf_config(checkpoint.path, checkpoint.config, checkpoint.dtype)
 
     def floats() -> Iterator[tuple[str, Tensor]]:
         for name, value in checkpoint.tensors():
@@ -115,8 +115,11 @@ def _new_folder(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _config(base: Path, wanted: LlamaConfig, weights_dtype: torch.dtype) -> dict[str, object]:
-    """Return the base's config.json with what a merge can change: the dtype, and a head no longer tied."""
+def hf_config(base: Path, wanted: LlamaConfig, weights_dtype: torch.dtype) -> dict[str, object]:
+    """Return the base's config.json with what a merge can change: the dtype, and a head no longer tied.
+
+    Raises UnsupportedError for a base in another format, and for multimodal models.
+    """
     path = base.expanduser() / "config.json"
     if not path.is_file():
         raise UnsupportedError(
