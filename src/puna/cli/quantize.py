@@ -72,7 +72,19 @@ def gguf_keys(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
         keys = read_metadata(checkpoint.path)
         return {key: value for key, value in keys.items() if not key.startswith(dropped)}
     vocabulary = gguf_vocabulary(path, vocab_size=checkpoint.config.vocab_size)
-    return {**gguf_metadata(checkpoint.config, path.resolve().name), **vocabulary}
+    return {**gguf_metadata(checkpoint.config, path.resolve().name), **_sampling(path), **vocabulary}
+
+
+def _sampling(path: Path) -> dict[str, Value]:
+    """Return the sampling settings that a model recommends, under llama.cpp's keys."""
+    from puna.locate import read_generation_config
+
+    config = read_generation_config(path) if path.is_dir() else None
+    if config is None or not config.get("do_sample"):
+        return {}
+    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    found = {theirs: config.get(ours) for ours, theirs in names.items()}
+    return {f"general.sampling.{name}": value for name, value in found.items() if value is not None}
 
 
 def summary(out: Path, written: Written) -> str:
