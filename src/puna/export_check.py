@@ -133,9 +133,7 @@ def _agreement(expected: Answers, network: Llama) -> Agreement:
 
 
 @torch.inference_mode()
-def _logprobs(
-    network: Llama, prompts: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]
-) -> Tensor:
+def _logprobs(network: Llama, prompts: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> Tensor:
     """Return log-probabilities, in float32, of what is written at each place of the answers."""
     rows = []
     for prompt, ids in zip(prompts, sequences, strict=True):

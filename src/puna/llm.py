@@ -135,9 +135,7 @@ class LLM:
         adapters = make_adapters(network, enable_lora, max_loras, max_lora_rank, max_cpu_loras)
         speculative = speculative_of(speculative_config, spec_method, spec_model, spec_tokens)
         proposer = make_proposer(speculative, network, on)
-        self.text_engine = TextEngine(
-            network, self._tokenizer, config, proposer=proposer, adapters=adapters
-        )
+        self.text_engine = TextEngine(network, self._tokenizer, config, proposer=proposer, adapters=adapters)
         if self._defaults:
             logger.info("sampling defaults of the model: %s", self._defaults)
         self._chat_template = chat_template
@@ -277,9 +275,7 @@ class LLM:
                 stop_reason=beam.stop_id,
                 lora_request=lora_request,
             )
-            for beam in beam_search(
-                engine, ids, params, grammar=grammar, num_token_ids=size, adapter=adapter
-            )
+            for beam in beam_search(engine, ids, params, grammar=grammar, num_token_ids=size, adapter=adapter)
         ]
 
     def encode(
@@ -425,9 +421,7 @@ class LLM:
         with _bar(use_tqdm, total=len(listed), desc="Pool") as bar:
             for ids in listed:
                 with engine.runner.adapted([adapter], [len(ids)]):
-                    data = pool(
-                        engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len
-                    )
+                    data = pool(engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len)
                 outputs.append(PoolingRequestOutput(str(len(outputs)), PoolingOutput(data), ids))
                 bar.update()
         return outputs

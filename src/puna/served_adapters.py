@@ -294,7 +294,9 @@ class _Reading:
                     weight = base.weight
                     if torch.equal(self._get(key).to(weight.dtype), weight):
                         continue
-                raise UnsupportedError(f"adapter {self._adapter.name!r}: {key} is not the model's own: {_WAY_OUT}")
+                raise UnsupportedError(
+                    f"adapter {self._adapter.name!r}: {key} is not the model's own: {_WAY_OUT}"
+                )
 
     def _is_saved(self, name: str) -> bool:
         return any(n == name and isinstance(m, SavedModule) for n, m in adapter_modules(self._skeleton))

@@ -38,9 +38,7 @@ class Usage:
 class Session:
     """Hold a model, its tokenizer, and an engine for one request at a time."""
 
-    def __init__(
-        self, model: Llama, tokenizer: Tokenizer, *, adapter: OpenedAdapter | None = None
-    ) -> None:
+    def __init__(self, model: Llama, tokenizer: Tokenizer, *, adapter: OpenedAdapter | None = None) -> None:
         """Take a model, and the adapter that all its answers shall have."""
         from puna.engine.llm_engine import EngineConfig
         from puna.served_adapters import put_in
@@ -119,4 +117,3 @@ class Session:
             usage.prompt_seconds, usage.cached_tokens = now - began, cached_tokens
         usage.output_tokens = output_tokens
         usage.output_seconds = now - began - usage.prompt_seconds
-

@@ -113,10 +113,14 @@ def test_export_an_adapter_alone(stories: Path, adapter: Path, tmp_path: Path) -
     assert SAME in done.stdout
     base = stories / "gguf" / "stories260k-f32.gguf"
     options = ("Once upon", "--temperature", "0", "--max-tokens", "16", "--adapter")
-    assert invoke("run", base, *options, out).stdout == invoke("run", stories / "hf", *options, adapter).stdout
+    assert (
+        invoke("run", base, *options, out).stdout == invoke("run", stories / "hf", *options, adapter).stdout
+    )
 
 
-def test_a_quantised_base_is_not_quantised_again_unasked(stories: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_is_not_quantised_again_unasked(
+    stories: Path, adapter: Path, tmp_path: Path
+) -> None:
     packed, out = tmp_path / "q8.gguf", tmp_path / "x.gguf"
     assert invoke("quantize", stories / "hf", packed, "--type", "q8_0").exit_code == 0
     only_q = save(stories / "hf", tmp_path / "q", target_modules=["q_proj"])
@@ -168,5 +172,9 @@ def test_llama_cpp_sees_the_same_perplexity(stories: Path, adapter: Path, tmp_pa
         line = next(line for line in (done.stdout + done.stderr).splitlines() if "Final estimate" in line)
         return float(line.split("PPL = ")[1].split()[0])
 
-    plain, beside, inside = perplexity("-m", base), perplexity("-m", base, "--lora", alone), perplexity("-m", merged)
+    plain, beside, inside = (
+        perplexity("-m", base),
+        perplexity("-m", base, "--lora", alone),
+        perplexity("-m", merged),
+    )
     assert beside == pytest.approx(inside, rel=2e-3) and abs(plain - inside) > 0.1 * plain

@@ -54,7 +54,9 @@ def test_answers_as_the_merged_model(stories: Path, tmp_path: Path, kind: str, b
 
 def test_what_is_wrong_is_found_before_the_weights_are_read(stories: Path, tmp_path: Path) -> None:
     missing = invoke("run", stories / "hf", "a", "--adapter", tmp_path / "no")
-    assert isinstance(missing.exception, ModelNotFoundError) and "loading adapter 'no'" in str(missing.exception)
+    assert isinstance(missing.exception, ModelNotFoundError) and "loading adapter 'no'" in str(
+        missing.exception
+    )
     adapter = save(stories, tmp_path / "adapter", target_modules=["q_proj"])
     other = invoke("run", "cria", "a", "--adapter", adapter)
     assert isinstance(other.exception, CheckpointError) and "do not fit the model" in str(other.exception)

@@ -109,7 +109,8 @@ def test_rows_with_an_adapter_equal_the_adapter_alone_and_others_keep_the_bits_o
 def test_three_adapters_in_one_pass_each_have_their_own_rows(tmp_path: Path) -> None:
     kinds = ["plain", "rslora", "embedding"]
     alone = [
-        parts(logits(save(llama(), tmp_path / kind, KINDS[kind], seed).network)) for seed, kind in enumerate(kinds)
+        parts(logits(save(llama(), tmp_path / kind, KINDS[kind], seed).network))
+        for seed, kind in enumerate(kinds)
     ]
     network = llama()
     adapters = [read_served(network, tmp_path / kind, name=kind) for kind in kinds]
@@ -182,7 +183,7 @@ def test_what_cannot_be_served_says_so_and_what_to_do(tmp_path: Path) -> None:
     save(llama(), tmp_path / "rank", {"r": 24, "target_modules": ["q_proj"]})
     with pytest.raises(ParameterError, match="rank 24, above max_lora_rank 16: give max_lora_rank=24"):
         read_served(network, tmp_path / "rank", max_rank=16)
-    assert read_served(network, tmp_path / "rank", max_rank=24).name == "served"
+    assert read_served(network, tmp_path / "rank", max_rank=24).name == "rank"
     with pytest.raises(ModelNotFoundError, match="loading adapter 'x' failed: .*no adapter"):
         read_served(network, tmp_path, name="x")
 
@@ -213,6 +214,7 @@ def test_a_saved_base_table_must_be_the_models_own(tmp_path: Path) -> None:
 
 def test_reading_draws_no_random_numbers(tmp_path: Path) -> None:
     save(llama(), tmp_path, KINDS["embedding"])
+    network = llama()
     before = torch.get_rng_state()
-    read_served(llama(), tmp_path)
+    read_served(network, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)

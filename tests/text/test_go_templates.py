@@ -37,7 +37,10 @@ class GoTemplate:
 
     def render(self, messages: list[dict[str, str]]) -> str:
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-        data = {"Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages], "System": system}
+        data = {
+            "Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages],
+            "System": system,
+        }
         return "".join(self._run(self._nodes, data, {"$": data}))
 
     def _block(self) -> tuple[list[Node], str]:

@@ -138,7 +138,9 @@ def test_llama4_keeps_the_order_of_rows(tmp_path: Path) -> None:
     torch.manual_seed(1)
     base = puna_twin(hf_llama4())
     config = base.config
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    )
     model.save_pretrained(tmp_path / "peft")
     opened = open_adapter(tmp_path / "peft", config)
     write_gguf_adapter(tmp_path / "x.gguf", opened.config, opened.tensors, config, name="x")
@@ -156,7 +158,10 @@ def test_llama4_keeps_the_order_of_rows(tmp_path: Path) -> None:
     [
         ({"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector has no place"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm.weight has no place"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "trainable_tokens_delta has no place"),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+            "trainable_tokens_delta has no place",
+        ),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "'pissa' changes the base weights"),
         ({"target_modules": ["lm_head"]}, "head that is tied"),
     ],

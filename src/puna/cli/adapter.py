@@ -18,7 +18,8 @@ adapter = typer.Typer(
 )
 
 _Folder = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="A folder of PEFT, mlx-lm, torchtune or LitGPT, or a .gguf file.")
+    str,
+    typer.Argument(metavar="ADAPTER", help="A folder of PEFT, mlx-lm, torchtune or LitGPT, or a .gguf file."),
 ]
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")]
 _Model = Annotated[
@@ -113,4 +114,3 @@ def _config_of(model: str | None) -> LlamaConfig | None:
     from puna.weights.loader import open_checkpoint
 
     return open_checkpoint(find_model(model)).config
-

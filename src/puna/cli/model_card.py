@@ -43,7 +43,11 @@ def merged_card(base: Path, adapter: OpenedAdapter) -> str:
     ]
     if licence is not None:
         duties = licence.duties(distributes_model=True)
-        body += ["", f"The licence of the base model is the {licence.title}. Who passes this model on has to:", ""]
+        body += [
+            "",
+            f"The licence of the base model is the {licence.title}. Who passes this model on has to:",
+            "",
+        ]
         body += [f"- {duty}" for duty in duties]
     return "\n".join([*head, "", *body]) + "\n"
 

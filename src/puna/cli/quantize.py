@@ -93,7 +93,4 @@ def summary(out: Path, written: Written) -> str:
         f"{count} {kind.name}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1])
     )
     bits = written.num_bytes * 8 / written.num_weights
-    return (
-        f"wrote {out}: {written.num_bytes / 1e6:,.1f} MB, {bits:.2f} bits per weight\n"
-        f"tensors: {types}"
-    )
+    return f"wrote {out}: {written.num_bytes / 1e6:,.1f} MB, {bits:.2f} bits per weight\ntensors: {types}"

@@ -122,7 +122,9 @@ def read_gguf_adapter(path: Path | str, base: LlamaConfig) -> tuple[LoraConfig, 
         raise UnsupportedError(f"{path}: this GGUF file is no LoRA adapter: its types are {kind}")
     arch = "llama4" if base.is_llama4 else "llama"
     if file.metadata.get("general.architecture") != arch:
-        raise CheckpointError(path, f"is an adapter for {file.metadata.get('general.architecture')}, not {arch}")
+        raise CheckpointError(
+            path, f"is an adapter for {file.metadata.get('general.architecture')}, not {arch}"
+        )
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float):
         raise CheckpointError(path, f"adapter.lora.alpha must be a number, not {alpha!r}")

@@ -144,7 +144,9 @@ class _Merges:
             rows = self._tensors[f"{name}.token_adapter.trainable_tokens_delta"].float()
             return {f"{name}.weight": lambda value: value.index_copy(0, index, rows)}
         if isinstance(module, SavedModule):
-            return {f"{name}.{leaf}": self._replaced(f"{name}.{leaf}") for leaf in module.adapter_state(ADAPTER)}
+            return {
+                f"{name}.{leaf}": self._replaced(f"{name}.{leaf}") for leaf in module.adapter_state(ADAPTER)
+            }
         if isinstance(module, LoraExperts):
             plain = name.removesuffix(".base_layer").removesuffix(".base_layer")
             return {f"{plain}.{module.parameter_name}": self._experts(name, module)}
