@@ -1,4 +1,4 @@
-"""Requests with adapters: `LLM(enable_lora=True)` and `AsyncLLM`, against each adapter merged into the model."""
+"""Requests with adapters, through `LLM` and `AsyncLLM`, against each adapter merged into the model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from puna import LLM, AsyncLLM, AutoModelForCausalLM, BeamSearchParams, LoRARequest, PeftModel, SamplingParams
+from puna.engine.block_pool import BlockPool
 from puna.engine.llm_engine import EngineConfig
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Scheduler, SchedulerConfig
-from puna.engine.block_pool import BlockPool
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_serving import ServedAdapter

@@ -55,12 +55,12 @@ class Agreement:
         if self.equal:
             return f"checked: {asked} are the same (divergence {self.divergence:.2g} nats a token)"
         share = 100 * self.num_same / self.num_tokens
-        return f"checked: {asked}: {share:.1f}% of the tokens are the same, divergence {self.divergence:.2g} nats"
+        return f"checked: {asked}: {share:.1f}% are the same (divergence {self.divergence:.2g} nats a token)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a model answers: its prompts, whole sequences, and log-probabilities at each place of an answer."""
+    """What a model answers: prompts, whole sequences, and log-probabilities at each place of an answer."""
 
     prompts: list[list[int]]
     sequences: list[list[int]]

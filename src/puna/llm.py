@@ -157,8 +157,8 @@ class LLM:
 
         Without params the model's own are used (`get_default_sampling_params`). Text gets a BOS, and the
         names of special tokens in it become these tokens; `tokenization_kwargs` may say otherwise
-        (`add_special_tokens`, `split_special_tokens`, `truncate_prompt_tokens`). `lora_request` is the adapter
-        of all prompts, or a list with the adapter of each, None for the model alone.
+        (`add_special_tokens`, `split_special_tokens`, `truncate_prompt_tokens`). `lora_request` is the
+        adapter of all prompts, or a list with the adapter of each, None for the model alone.
         """
         _refuse(mm_processor_kwargs=mm_processor_kwargs)
         listed = list_prompts(prompts)

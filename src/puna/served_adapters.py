@@ -282,7 +282,7 @@ class _Reading:
         return self._tensors[name].detach().to(self._device)
 
     def _require_base_tables(self) -> None:
-        """Take the copies of table and head that PEFT saves beside adapters on them, if they are the base's."""
+        """Take copies of table and head, which PEFT saves beside adapters on them, if they are the base's."""
         for name in TABLES:
             for key in (f"{name}.base_layer.weight", f"{name}.weight"):
                 if key not in self._tensors or key == f"{name}.weight" and self._is_saved(name):

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from puna.engine.sampling import SamplingParams
     from puna.model import Llama
-    from puna.model.lora_serving import ServedAdapter
     from puna.text.tokenizer import Tokenizer
     from puna.weights.adapter_open import OpenedAdapter
 

@@ -20,7 +20,6 @@ from puna.gguf_header import read_metadata
 from puna.text.formats import BUILT_IN
 from puna.weights.adapter_open import open_adapter
 from puna.weights.loader import load_model, open_checkpoint
-
 from tiny_chat import TEMPLATE, save_chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Transformers, about token ids

@@ -1,4 +1,4 @@
-"""Rows with adapters of their own: what `Served` computes, against each adapter alone as `PeftModel` has it."""
+"""Rows with adapters of their own: what `Served` computes, against each adapter alone in `PeftModel`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5, 40]},
-    "head tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2], "embed_tokens": [7]}},
-}  # fmt: skip
+    "head tokens": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [2], "embed_tokens": [7]},
+    },
+}
 LENGTHS = [5, 1, 7, 4]
 IDS = torch.tensor([1, 5, 9, 33, 2, 8, 11, 70, 3, 7, 40, 12, 90, 4, 61, 2, 5])
 
@@ -71,7 +74,8 @@ def borders() -> list[int]:
 
 @torch.no_grad()
 def logits(network: Llama) -> Tensor:
-    return network(IDS, positions(), PackedAttention(borders()))
+    found: Tensor = network(IDS, positions(), PackedAttention(borders()))
+    return found
 
 
 @torch.no_grad()
@@ -85,7 +89,7 @@ def served_logits(network: Llama, adapters: list[ServedAdapter | None]) -> Tenso
 
 
 def parts(values: Tensor) -> list[Tensor]:
-    return list(values.split(LENGTHS))
+    return list(values.split(LENGTHS))  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -160,7 +164,8 @@ def test_rows_that_lie_together_are_a_slice() -> None:
     assert group_rows([None, one, one, None], [2, 3, 1, 4], CPU) == ((one, slice(2, 6)),)
     groups = dict(group_rows([one, two, one, None], [2, 3, 1, 4], CPU))
     assert groups[two] == slice(2, 5)
-    assert isinstance(groups[one], Tensor) and groups[one].tolist() == [0, 1, 5]
+    rows = groups[one]
+    assert isinstance(rows, Tensor) and rows.tolist() == [0, 1, 5]
     assert group_rows([None, one], [2, 0], CPU) == ()
 
 

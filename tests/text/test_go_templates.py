@@ -13,7 +13,6 @@ from puna.text.chat import render_chat_text
 from puna.text.formats import BUILT_IN
 from puna.text.go_templates import GO_TEMPLATES, find_format
 from puna.text.tokenizer import Tokenizer, load_tokenizer
-
 from tiny_chat import TEMPLATE, save_tokenizer
 
 Node = tuple[Any, ...]

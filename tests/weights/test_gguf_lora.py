@@ -62,7 +62,7 @@ def deltas(source: Path, base: LlamaConfig) -> dict[str, Tensor]:
     from puna.model.lora import adapter_modules
 
     for name, module in adapter_modules(opened.skeleton):
-        scale: float = module.scaling["opened"]  # type: ignore[assignment,index,operator]
+        scale: float = module.scaling["opened"]  # type: ignore[assignment,index]
         tensors = opened.tensors
         embedded = f"{name}.lora_embedding_A" in tensors
         a = tensors[f"{name}.lora_embedding_A" if embedded else f"{name}.lora_A.weight"]
@@ -121,9 +121,12 @@ def test_a_file_without_alpha_is_applied_as_it_is(tmp_path: Path) -> None:
     a, b = torch.randn(3, 64), torch.randn(64, 3)
     c, d = torch.randn(2, 64), torch.randn(80, 2)
     tensors = {
-        "blk.0.attn_output.weight.lora_a": a, "blk.0.attn_output.weight.lora_b": b.half(),
-        "blk.1.ffn_up.weight.lora_a": c, "blk.1.ffn_up.weight.lora_b": d, "blk.0.attn_norm.weight": torch.ones(64),
-    }  # fmt: skip
+        "blk.0.attn_output.weight.lora_a": a,
+        "blk.0.attn_output.weight.lora_b": b.half(),
+        "blk.1.ffn_up.weight.lora_a": c,
+        "blk.1.ffn_up.weight.lora_b": d,
+        "blk.0.attn_norm.weight": torch.ones(64),
+    }
     write_gguf(tmp_path / "x.gguf", metadata, tensors)
     found = deltas(tmp_path / "x.gguf", base)
     torch.testing.assert_close(found["model.layers.0.self_attn.o_proj"], b.half().float() @ a)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puna.errors import CheckpointError, ParameterError, UnsupportedError
 from puna.gguf_header import GGMLType
-from puna.model import Llama
+from puna.model import Llama, PackedAttention
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel, get_peft_model
 from puna.weights.adapter_files import read_adapter_config, read_adapter_tensors, write_adapter
@@ -66,12 +66,12 @@ def merged(base: Path, adapter: Path) -> Llama:
     return load_model(MergedCheckpoint(checkpoint, open_adapter(adapter, checkpoint.config)))
 
 
-def require_equal(found: Llama, expected: Llama, **bounds: float) -> None:
+def require_equal(found: Llama, expected: Llama, *, atol: float = 2e-6, rtol: float = 1e-5) -> None:
     assert found.config == expected.config
     theirs = expected.state_dict()
     assert set(found.state_dict()) == set(theirs)
     for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor, theirs[name], msg=name, **(bounds or {"atol": 2e-6, "rtol": 1e-5}))
+        torch.testing.assert_close(tensor, theirs[name], msg=name, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -81,8 +81,12 @@ def test_equals_merging_the_whole_model(kind: str, tied: bool, tmp_path: Path) -
     model = hf_llama(attention_bias=biased, mlp_bias=biased, tie_word_embeddings=tied)
     base = save_base(tmp_path / "base", model)
     adapter = save_adapter(base, tmp_path / "adapter", KINDS[kind])
-    whole = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload()
-    require_equal(merged(base, adapter), whole)
+    found = merged(base, adapter)
+    beside = PeftModel.from_pretrained(load_model(base), adapter)
+    ids = torch.tensor([1, 5, 2, 40, 7])
+    row = ids, torch.arange(5), PackedAttention([0, 5])
+    torch.testing.assert_close(found(*row), beside(*row), atol=1e-4, rtol=1e-3)
+    require_equal(found, beside.merge_and_unload())
 
 
 def test_stacked_experts(tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_shards_are_written_as_they_fill_up(tmp_path: Path) -> None:
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", hf_llama())
     adapter = save_adapter(base, tmp_path / "adapter", KINDS["lora bias"])
-    with pytest.raises(UnsupportedError, match=r"q_proj.bias: cannot be merged, the model has none"):
+    with pytest.raises(UnsupportedError, match=r"o_proj.bias: cannot be merged, the model has none"):
         merged(base, adapter)
     broken = save_adapter(base, tmp_path / "broken", {"target_modules": ["q_proj"]})
     tensors = read_adapter_tensors(broken)

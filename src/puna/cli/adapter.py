@@ -58,7 +58,8 @@ def inspect(
 def convert(folder: _Folder, out: _Out, model: _Model = None, alpha: _Alpha = None) -> None:
     """Write another tool's adapter as PEFT does.
 
-    An adapter of mlx-lm, torchtune, LitGPT or llama.cpp becomes a folder that every tool reads which reads PEFT's.
+    An adapter of mlx-lm, torchtune, LitGPT or llama.cpp becomes a folder that every tool reads which reads
+    PEFT's.
     MODEL, whose config alone is read, is needed for adapters of torchtune, LitGPT and llama.cpp.
     """
     import dataclasses

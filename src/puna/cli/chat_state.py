@@ -96,6 +96,7 @@ class ChatState:
         self._model: TextModel | None = None
         self._load_again: LoadModel | None = None
         self._load_seconds = 0.0
+        self.path = Path()
 
     def load(self, path: Path) -> None:
         """Load a model and begin a new conversation with it; if that fails, nothing is changed.

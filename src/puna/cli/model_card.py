@@ -36,7 +36,8 @@ def merged_card(base: Path, adapter: OpenedAdapter) -> str:
     body = [
         f"# {adapter.name}",
         "",
-        f"{base.name} with a LoRA adapter in its weights (rank {adapter.rank}, alpha {config.lora_alpha:g}, on {what}).",
+        f"{base.name} with a LoRA adapter in its weights: rank {adapter.rank}, alpha {config.lora_alpha:g}, "
+        f"on {what}.",
         "Merged with Puna.",
         "",
         "    puna run path/to/this/folder",

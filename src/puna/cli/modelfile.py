@@ -43,8 +43,8 @@ def export_modelfile(
 ) -> str:
     """Return the Modelfile of what was exported: its template in Ollama's language, and what ends an answer.
 
-    Without a chat template there is TEMPLATE {{ .Prompt }}, which continues texts. One that is none of Llama's
-    gets no line: Ollama then takes the one inside the GGUF file.
+    Without a chat template there is TEMPLATE {{ .Prompt }}, which continues texts. One that is none of
+    Llama's gets no line: Ollama then takes the one inside the GGUF file.
     """
     from puna.text.go_templates import GO_TEMPLATES, find_format
 

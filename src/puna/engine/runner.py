@@ -85,7 +85,7 @@ class Runner:
     def adapted(
         self, adapters: SequenceOf[ServedAdapter | None], counts: SequenceOf[int]
     ) -> AbstractContextManager[None]:
-        """Give the rows of the passes within the block their adapters, counts[0] to adapters[0], and so on."""
+        """Give the rows of passes within the block their adapters, counts[0] to adapters[0], and so on."""
         for adapter in adapters:
             if adapter is not None and adapter not in self._installed:
                 install(self.model, adapter, self._rows, self._head_rows)

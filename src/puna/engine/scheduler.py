@@ -156,8 +156,8 @@ class Scheduler:
     def _next_waiting(self) -> Sequence | None:
         """Return the first waiting sequence whose adapter may join the batch.
 
-        One that may not is passed over, but only by those that were there when it first was: an adapter in use
-        cannot keep the others out for ever.
+        One that may not is passed over, but only by those that were there when it first was: an adapter in
+        use cannot keep the others out for ever.
         """
         in_use = {sequence.adapter for sequence in self.running} - {None}
         last_arrival = math.inf

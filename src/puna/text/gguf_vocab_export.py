@@ -74,7 +74,7 @@ def _padded(keys: dict[str, Value], vocab_size: int) -> dict[str, Value]:
     assert isinstance(tokens, list)
     if len(tokens) > vocab_size:
         raise UnsupportedError(
-            f"the tokenizer has {len(tokens)} tokens and the model {vocab_size} rows: GGUF files hold one list"
+            f"the tokenizer has {len(tokens)} tokens, the model {vocab_size} rows: a GGUF holds one list"
         )
     missing = range(len(tokens), vocab_size)
     filler: dict[str, list[Any]] = {

@@ -1,4 +1,4 @@
-"""The chat formats of Llama in the language of Ollama's templates (Go's text/template), and which one is meant.
+"""The chat formats of Llama as templates of Ollama (Go's text/template), and which one a jinja text means.
 
 A jinja template is taken to be one of these only if it writes the same text for conversations that use all
 that the format has: with and without a system message, over several turns. Formats that write today's date

@@ -141,8 +141,8 @@ def read_gguf_adapter(path: Path | str, base: LlamaConfig) -> tuple[LoraConfig, 
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
     config = config_for(tensors, base, r=usual, lora_alpha=alpha or usual)
-    patterns = {"rank_pattern": others, "alpha_pattern": {} if alpha else others}
-    return dataclasses.replace(config, **patterns), tensors
+    alphas: dict[str, float] = {} if alpha else dict(others)
+    return dataclasses.replace(config, rank_pattern=others, alpha_pattern=alphas), tensors
 
 
 def _read_factor(file: GgufFile, name: str, base: LlamaConfig) -> dict[str, Tensor]:

@@ -123,8 +123,8 @@ def hf_config(base: Path, wanted: LlamaConfig, weights_dtype: torch.dtype) -> di
     path = base.expanduser() / "config.json"
     if not path.is_file():
         raise UnsupportedError(
-            f"{base}: the base must be a Hugging Face folder: no config.json (puna export --gguf writes a file "
-            "from any)"
+            f"{base}: the base must be a Hugging Face folder: no config.json "
+            "(puna export --gguf writes a file from any)"
         )
     config = read_json_object(path)
     if "text_config" in config:
