@@ -30,8 +30,10 @@ _NoCheck = Annotated[
 
 
 def merge(
-    model: _Model,
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder of PEFT, mlx-lm, ...")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or cria.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A folder of PEFT or another tool, or a .gguf file.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")],
     no_check: _NoCheck = False,
 ) -> None:
@@ -66,7 +68,10 @@ def export(
     type: Annotated[
         str | None,
         typer.Option(
-            "--type", metavar="TYPE", help="q4_k_m, q8_0, f16, ...; as it is stored.", show_default=False
+            "--type",
+            metavar="TYPE",
+            help="q4_k_m, q8_0, f16, ...; else the floats stay as stored.",
+            show_default=False,
         ),
     ] = None,
     gguf_adapter: Annotated[

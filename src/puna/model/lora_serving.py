@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from puna.kernels.dense_linear import linear
+from puna.model.linear import apply_all
 from puna.model.llama import Llama
 
 Rows = slice | Tensor  # of the flat batch: a run of them, or their indices
 HEAD = "lm_head"
+
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Change(Protocol):
@@ -95,7 +98,15 @@ class Served(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, ...) as the base does."""
-        out = cast(Tensor, self.base_layer(x))
+        return self._changed(x, cast(Tensor, self.base_layer(x)))
+
+    @staticmethod
+    def apply_together(x: Tensor, layers: Sequence[Served]) -> list[Tensor]:
+        """Return [layer(x) for layer in layers]; bases that can share the work on x do."""
+        outs = apply_all(x, *(layer.base_layer for layer in layers))
+        return [layer._changed(x, out) for layer, out in zip(layers, outs, strict=True)]
+
+    def _changed(self, x: Tensor, out: Tensor) -> Tensor:
         for adapter, rows in self._rows.groups:
             for change in adapter.changes.get(self._name, ()):
                 out[rows] = change(x[rows], out[rows]).to(out.dtype)
@@ -143,14 +154,22 @@ def install(network: Llama, adapter: ServedAdapter, rows: AdapterRows, head_rows
     `rows` are those of the batch, `head_rows` those that the output head sees. A model without a request for
     an adapter computes what it did before.
     """
-    for name in adapter.changes:
-        base = base_of(network, name)
-        parent, _, leaf = name.rpartition(".")
-        owner = network.get_submodule(parent)
-        if isinstance(getattr(owner, leaf), Served):
-            continue
-        kind = ServedEmbedding if hasattr(base, "num_embeddings") else Served
-        setattr(owner, leaf, kind(name, base, head_rows if name == HEAD else rows))
+    for changed in adapter.changes:
+        for name in _with_companions(changed):
+            base = base_of(network, name)
+            parent, _, leaf = name.rpartition(".")
+            owner = network.get_submodule(parent)
+            if isinstance(getattr(owner, leaf), Served):
+                continue
+            kind = ServedEmbedding if hasattr(base, "num_embeddings") else Served
+            setattr(owner, leaf, kind(name, base, head_rows if name == HEAD else rows))
+
+
+def _with_companions(name: str) -> list[str]:
+    """Return a name with those that the network computes together with it, so that they still can be."""
+    parent, _, leaf = name.rpartition(".")
+    together = next((group for group in _TOGETHER if leaf in group), (leaf,))
+    return [f"{parent}.{each}" if parent else each for each in together]
 
 
 class LowRank:
