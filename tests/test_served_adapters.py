@@ -16,6 +16,7 @@ from puna.engine.llm_engine import EngineConfig
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Scheduler, SchedulerConfig
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
+from puna.model import PackedAttention
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_serving import ServedAdapter
 from puna.peft_model import get_peft_model
@@ -113,6 +114,22 @@ def test_one_request_is_for_all_prompts_and_chats(
     assert ids_of(found) == merged["one"]
 
 
+def test_guesses_change_no_answer_with_adapters(
+    stories: Path, requests: dict[str, LoRARequest], merged: dict[str | None, list[list[int]]]
+) -> None:
+    llm = LLM(
+        stories / "hf",
+        kv_cache_memory_bytes=2**24,
+        enable_lora=True,
+        max_loras=3,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2},
+    )
+    asked = [None, requests["one"], requests["two"], requests["three"]]
+    outputs = llm.generate(PROMPTS, GREEDY, lora_request=asked, use_tqdm=False)
+    assert ids_of(outputs) == [merged[name][place] for place, name in enumerate((None, *KINDS))]
+    assert llm.get_metrics()["drafted_tokens"] > 0
+
+
 def test_a_prefix_is_shared_within_an_adapter_only(
     stories: Path, requests: dict[str, LoRARequest], merged: dict[str | None, list[list[int]]]
 ) -> None:
@@ -179,8 +196,6 @@ def test_vectors_are_those_of_the_adapter(
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories / "hf"), folders["two"])
     ids = llm.get_tokenizer().encode(PROMPTS[0])
     llama, place = model.merge_and_unload().llama, torch.arange(len(ids))
-    from puna.model import PackedAttention
-
     wanted = llama.hidden_states(torch.tensor(ids), place, PackedAttention([0, len(ids)]))[-1]
     wanted = wanted / wanted.norm()
     (found,) = llm.embed(PROMPTS[0], lora_request=requests["two"], use_tqdm=False)
