@@ -212,7 +212,7 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """Return x as rows without gaps, the code of its dtype, the number of rows and columns, and their stride."""
+    """Return x as rows without gaps, the code of its dtype, how many rows and columns, and their stride."""
     code = _DTYPE_CODES.get(x.dtype)
     if code is None or not x.is_cpu:
         raise ValueError(
