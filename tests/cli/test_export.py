@@ -120,6 +120,7 @@ def test_a_quantised_base_is_not_quantised_again_unasked(
     packed, out = tmp_path / "q8.gguf", tmp_path / "x.gguf"
     assert invoke("quantize", stories / "hf", packed, "--type", "q8_0").exit_code == 0
     only_q = save(stories / "hf", tmp_path / "q", target_modules=["q_proj"])
+    assert "say with --type" in str(invoke("export", packed, "--gguf", out).exception)
     refused = invoke("export", packed, "--adapter", only_q, "--gguf", out, "--type", "q4_0")
     assert isinstance(refused.exception, ParameterError) and "is quantised already" in str(refused.exception)
     assert not out.exists()

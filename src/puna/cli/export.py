@@ -168,9 +168,15 @@ class _Job:
         return self.trained_template or self.tokenizer.chat_template
 
     def stored_type(self) -> str:
-        """Return the float type that keeps the weights as they are."""
+        """Return the float type that keeps the weights as they are; raise for a quantised GGUF file."""
         import torch
 
+        from puna.weights.gguf import GgufCheckpoint
+        from puna.weights.quantize_mix import FLOAT_TYPES
+
+        files = self.checkpoint.files if isinstance(self.checkpoint, GgufCheckpoint) else []
+        if any(info.type not in FLOAT_TYPES for file in files for info in file.tensors.values()):
+            raise ParameterError(f"{self.path}: is quantised: say with --type what it shall become")
         names = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
         return names[self.checkpoint.dtype]
 
