@@ -12,6 +12,7 @@ import typer
 import puna
 from puna.cli.adapter import adapter
 from puna.cli.data import data
+from puna.cli.export import export, merge
 from puna.cli.measure import bench
 from puna.cli.quantize import quantize
 from puna.cli.run import run
@@ -28,6 +29,8 @@ app.command()(run)
 app.command()(show)
 app.command()(quantize)
 app.command()(train)
+app.command()(merge)
+app.command()(export)
 app.add_typer(adapter)
 app.add_typer(bench)
 app.add_typer(data)

@@ -23,7 +23,7 @@ from puna.weights.gguf_writer import GgufWriter, PlannedTensor, Value
 from puna.weights.loader import Checkpoint, Packed, empty_model
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_load import Shapes, convert, model_shape, planned_shapes
-from puna.weights.quantize_mix import FileType, mix, sorted_names
+from puna.weights.quantize_mix import FLOAT_TYPES, FileType, mix, sorted_names
 
 Importance = Mapping[str, Tensor]  # GGUF name -> (row_length,), or (experts, row_length)
 
@@ -72,9 +72,10 @@ def write_quantized(
             file.write(ROPE_FREQS, factors)
         for ours, value in checkpoint.tensors():
             floats = value if isinstance(value, Tensor | QuantTensor) else value.dequantize()
-            _refuse_packed(checkpoint.path, ours, value, plan, allowed=allow_requantize)
             for name, tensor in gguf_tensors(ours, floats, checkpoint.config):
                 _require_planned(checkpoint.path, name, tuple(tensor.shape), plan, missing)
+                if not allow_requantize:
+                    _refuse_packed(checkpoint.path, ours, value, plan[name].type)
                 file.write(name, convert(tensor, plan[name].type, _importance_of(name, importance, tensor)))
                 missing.discard(name)
             data = value if isinstance(value, Tensor) else value.data
@@ -103,11 +104,11 @@ def _plan(checkpoint: Checkpoint, wanted: FileType, *, weighted: bool) -> dict[s
     return plan
 
 
-def _refuse_packed(
-    path: Path, ours: str, value: Tensor | Packed, plan: Mapping[str, PlannedTensor], *, allowed: bool
-) -> None:
-    """Raise for a weight that loses twice, by being quantised from what is quantised."""
-    if allowed or isinstance(value, Tensor):
+def _refuse_packed(path: Path, ours: str, value: Tensor | Packed, wanted: GGMLType) -> None:
+    """Raise for a weight that loses twice, by being quantised from what is quantised otherwise."""
+    if isinstance(value, Tensor) or wanted in FLOAT_TYPES:
+        return
+    if isinstance(value, QuantTensor) and value.type is wanted:
         return
     raise ParameterError(
         f"{path}: {ours} is quantised already; quantising it again loses more than quantising the original "
