@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from puna.errors import ConfigError, MissingExtraError, ModelNotFoundError, ParameterError, UnsupportedError
 from puna.model.lora_config import LoraConfig
 from puna.train.encoding import Overlong
+from puna.train.report_to import ReportTo
 from puna.train.rows import FORMATS, DataFormat
 from puna.train.schedules import SCHEDULES
 
@@ -38,13 +39,17 @@ _OTHER_NAMES = {
 _UNSUPPORTED = frozenset(
     """
     activation_offloading assistant_only_loss auto_find_batch_size completion_only_loss dataset_name
-    deepspeed early_stopping_patience eval_packing eval_steps eval_strategy fp16 fsdp group_by_length
+    deepspeed eval_packing eval_strategy fp16 fsdp group_by_length
     label_smoothing_factor loraplus_lr_ratio loss_type neftune_noise_alpha optim
-    packing_strategy pad_token per_device_eval_batch_size push_to_hub report_to torch_compile
+    packing_strategy pad_token per_device_eval_batch_size push_to_hub torch_compile
     train_sampling_strategy use_liger_kernel
     """.split()  # noqa: SIM905
 )
-_NOT_PART_OF_THE_RESULT = frozenset({"output", "save_steps", "save_total_limit", "merge"})
+_NOT_PART_OF_THE_RESULT = frozenset(
+    """
+    output save_steps save_total_limit merge eval_steps eval_on_start sample_prompts sample_max_tokens report_to
+    """.split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +72,16 @@ class TrainConfig:
     max_length: int = 1024
     overlong: Overlong = "truncate"
     packing: bool = True  # several rows in one of max_length tokens
-    # evaluation, with each checkpoint
+    # evaluation
     eval_data: Sequence[str] | str = ()
     eval_split: float = 0.0  # the share of `data` that is held out instead
+    eval_steps: int | None = None  # None: with each checkpoint
+    eval_on_start: bool = False
     load_best_model_at_end: bool = False  # the result is the checkpoint with the lowest loss
+    early_stopping_patience: int | None = None  # end after so many evaluations that were not the best
+    sample_prompts: Sequence[str] | str = ()  # answered before the first step and with each evaluation
+    sample_max_tokens: int = 128
+    report_to: Sequence[str] | str = ()  # tensorboard, wandb
     # steps
     num_train_epochs: float = 3.0
     max_steps: int | None = None
@@ -95,7 +106,7 @@ class TrainConfig:
     save_total_limit: int | None = 2
 
     def __post_init__(self) -> None:
-        for name in ("data", "eval_data"):
+        for name in ("data", "eval_data", "sample_prompts", "report_to"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         if not self.data:
@@ -129,7 +140,25 @@ class TrainConfig:
             raise ParameterError("eval_data and eval_split: give one of them")
         if self.load_best_model_at_end and not self.evaluates:
             raise ParameterError("load_best_model_at_end needs eval_data or eval_split")
+        self._check_evaluation()
         self._check_numbers()
+
+    def _check_evaluation(self) -> None:
+        for target in self.report_to:
+            if target not in get_args(ReportTo):
+                raise ParameterError(f"report_to is {target!r}; known are {', '.join(get_args(ReportTo))}")
+        for name in ("eval_steps", "eval_on_start", "early_stopping_patience"):
+            if getattr(self, name) and not (self.evaluates or (name == "eval_steps" and self.sample_prompts)):
+                raise ParameterError(f"{name} needs eval_data or eval_split")
+        if self.load_best_model_at_end and self.eval_steps not in (None, self.save_steps):
+            raise ParameterError(
+                f"load_best_model_at_end loads a checkpoint, so eval_steps {self.eval_steps} must be save_steps "
+                f"{self.save_steps}: leave it out"
+            )
+        if self.early_stopping_patience is not None and self.eval_interval == 0:
+            raise ParameterError("early_stopping_patience needs save_steps or eval_steps above 0")
+        if not all(isinstance(text, str) and text for text in self.sample_prompts):
+            raise ParameterError("sample_prompts must be texts that are not empty")
 
     def _check_numbers(self) -> None:
         least = {
@@ -140,10 +169,14 @@ class TrainConfig:
             "seed": 0,
             "max_steps": 1,
             "save_total_limit": 1,
+            "eval_steps": 1,
+            "early_stopping_patience": 1,
+            "sample_max_tokens": 1,
         }
+        optional = ("max_steps", "save_total_limit", "eval_steps", "early_stopping_patience")
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is None and name in ("max_steps", "save_total_limit"):
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < bound:
                 raise ParameterError(f"{name} must be a whole number of at least {bound}, got {value!r}")
@@ -171,6 +204,11 @@ class TrainConfig:
     def evaluates(self) -> bool:
         """Say whether there are rows that are not trained but measured."""
         return bool(self.eval_data or self.eval_split)
+
+    @property
+    def eval_interval(self) -> int:
+        """Return the number of steps from one evaluation to the next; 0: only at the end."""
+        return self.save_steps if self.eval_steps is None else self.eval_steps
 
     @property
     def rate(self) -> float:
@@ -215,6 +253,8 @@ class TrainConfig:
             "lora": lora,
             "data": list(self.data),
             "eval_data": list(self.eval_data),
+            "sample_prompts": list(self.sample_prompts),
+            "report_to": list(self.report_to),
             "date": date,
         }
 

@@ -38,9 +38,13 @@ from puna.train.checkpoints import (
 from puna.train.losses import batch_loss
 from puna.train.packing import Batch
 from puna.train.preference import pair_losses
+from puna.train.report import History, write_picture, write_report
+from puna.train.report_to import Log, curve_names, reporting, require_installed
 from puna.train.schedules import Schedule, make_schedule
 from puna.train.train_config import TrainConfig
+from puna.train.training_memory import peak_memory
 from puna.train.training_plan import TrainingPlan, make_plan
+from puna.train.training_samples import SampleMetrics
 from puna.train.training_state import (
     TrainerState,
     read_state,
@@ -71,7 +75,7 @@ class StepMetrics:
     seconds: float
     margin: float | None = None  # of pairs: how far the chosen answers are ahead, times beta
     accuracy: float | None = None  # of pairs: the share where they are ahead
-    peak_memory: int | None = None  # bytes on the accelerator
+    peak_memory: int | None = None  # bytes: on the accelerator, else of the process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +99,14 @@ class TrainResult:
     loss: float | None  # of the last step; None if there was none to do
     best_step: int | None  # by evaluation
     best_loss: float | None
+    stopped_early: bool = False  # since measured losses fell no more
+    report: Path | None = None
+    picture: Path | None = None
 
     @property
     def is_finished(self) -> bool:
-        """Say whether all steps were done: False after Ctrl-C."""
-        return self.step == self.total_steps
+        """Say whether it came to its end: False after Ctrl-C."""
+        return self.stopped_early or self.step == self.total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +129,13 @@ class Trainer:
         *,
         on_step: Callable[[StepMetrics], None] | None = None,
         on_eval: Callable[[EvalMetrics], None] | None = None,
+        on_sample: Callable[[SampleMetrics], None] | None = None,
     ) -> None:
         """Read data and headers, not weights. Raises what is wrong with them; see `make_plan`."""
+        require_installed(config.report_to)
         self.output = Path(config.output).expanduser()
-        self.on_step, self.on_eval = on_step, on_eval
+        self.on_step, self.on_eval, self.on_sample = on_step, on_eval, on_sample
+        self._logs: list[Log] = []
         self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
         before = None if self.checkpoint is None else read_state(self.checkpoint)
         began = datetime.date.today() if before is None else before.config.date
@@ -157,21 +167,29 @@ class Trainer:
         step = self._go_on(run) if resume else 0
         _cut_metrics(self.output / METRICS_FILE, step)
         loss = None
-        with gradient_checkpointing(network, enabled=self.config.gradient_checkpointing), _CtrlC() as stop:
-            while step < self.plan.total_steps and not stop.wanted:
+        with (
+            reporting(
+                self.config.report_to, self.output, self.config.to_dict(), first_step=step + 1
+            ) as self._logs,
+            gradient_checkpointing(network, enabled=self.config.gradient_checkpointing),
+            _CtrlC() as stop,
+        ):
+            if step == 0:
+                self._measure(run, step)
+            while step < self.plan.total_steps and not stop.wanted and not self._stops_early(step):
                 metrics = self._step(run, step)
                 step, loss = metrics.step, metrics.loss
                 self._write_line(metrics)
                 if self.on_step is not None:
                     self.on_step(metrics)
-                is_last = step == self.plan.total_steps
-                is_due = is_last or (self.config.save_steps > 0 and step % self.config.save_steps == 0)
-                if is_due:
-                    self._evaluate(run, step)
-                if is_due or stop.wanted:
+                if self._is_due(step, self.config.eval_interval):
+                    self._measure(run, step)
+                if self._is_due(step, self.config.save_steps) or stop.wanted or self._stops_early(step):
                     self._save(run, step)
+                    self._report(step)
         best_step, best_loss = self._best
-        if step == self.plan.total_steps:
+        stopped_early = step < self.plan.total_steps and self._stops_early(step)
+        if step == self.plan.total_steps or stopped_early:
             if self.config.load_best_model_at_end and best_step is not None:
                 restore_parameters(checkpoint_folder(self.output, best_step), parameters)
             self._write_result(run)
@@ -182,7 +200,18 @@ class Trainer:
             loss=loss,
             best_step=best_step,
             best_loss=best_loss,
+            stopped_early=stopped_early,
+            report=self._report(step),
+            picture=write_picture(self.plan, History.read(self.output / METRICS_FILE), self.output),
         )
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step == self.plan.total_steps or (interval > 0 and step % interval == 0)
+
+    def _stops_early(self, step: int) -> bool:
+        """Say whether the last evaluations, as many as the patience, were all worse than the best one."""
+        patience, interval, best = self.config.early_stopping_patience, self.config.eval_interval, self._best[0]
+        return patience is not None and best is not None and step // interval - best // interval >= patience
 
     # -- before the first step
 
@@ -278,11 +307,19 @@ class Trainer:
         """Count what the loss is the mean over: trained tokens, or pairs."""
         return batch.num_trained if self.config.objective == "sft" else batch.num_examples // 2
 
+    def _measure(self, run: _Run, step: int) -> None:
+        """Measure what is held out, and let prompts be answered."""
+        if self.plan.eval_examples and (step > 0 or self.config.eval_on_start):
+            self._evaluate(run, step)
+        if self.plan.sample_prompts is not None:
+            samples = SampleMetrics(step=step, samples=self.plan.sample_prompts.answers(run.network))
+            self._write_line(samples)
+            if self.on_sample is not None:
+                self.on_sample(samples)
+
     @torch.no_grad()
     def _evaluate(self, run: _Run, step: int) -> None:
         """Measure the rows that are held out, and remember the best step."""
-        if not self.plan.eval_examples:
-            return
         began = time.perf_counter()
         run.network.eval()
         total, count, margins = 0.0, 0, []
@@ -293,7 +330,7 @@ class Trainer:
             margins += margin
         run.network.train()
         loss = total / count
-        if self._best[1] is None or loss < self._best[1]:
+        if step > 0 and (self._best[1] is None or loss < self._best[1]):
             self._best = (step, loss)
         metrics = EvalMetrics(
             step=step,
@@ -306,11 +343,23 @@ class Trainer:
         if self.on_eval is not None:
             self.on_eval(metrics)
 
-    def _write_line(self, metrics: StepMetrics | EvalMetrics) -> None:
+    def _write_line(self, metrics: StepMetrics | EvalMetrics | SampleMetrics) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         values = {name: value for name, value in asdict(metrics).items() if value is not None}
         with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        for log in self._logs:
+            log(metrics.step, curve_names(values))
+
+    def _report(self, step: int) -> Path | None:
+        """Write the report of the training so far."""
+        done = step == self.plan.total_steps or self._stops_early(step)
+        state = f"{'finished' if done else 'stands'} after step {step:,} of {self.plan.total_steps:,}"
+        now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+        history = History.read(self.output / METRICS_FILE)
+        return write_report(
+            self.plan, history, self.output, state=f"{state}, {now}", best_step=self._best[0]
+        )
 
     # -- files
 
@@ -375,17 +424,17 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
+    """Drop the lines of steps that will be done again; before the first step all of them."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:  # the last line of a process that was killed
             continue

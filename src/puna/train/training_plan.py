@@ -27,8 +27,9 @@ from puna.train.base_model import choose_device, choose_dtype, is_packed
 from puna.train.data_files import read_records
 from puna.train.encoding import ChatRendering, Example, encode_pairs, encode_rows
 from puna.train.packing import Batch, epoch_order, pack
-from puna.train.rows import PairRow, Row, read_rows
+from puna.train.rows import PairRow, Row, TextRow, read_rows
 from puna.train.train_config import TrainConfig
+from puna.train.training_samples import SamplePrompts
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
 from puna.weights.loader import Checkpoint, empty_model, open_checkpoint
 
@@ -46,6 +47,7 @@ class TrainingPlan:
     examples: Sequence[Example]
     packs: Sequence[Sequence[int]]  # indices of examples that are computed as one row
     eval_examples: Sequence[Example]
+    sample_prompts: SamplePrompts | None
     total_steps: int
     parameters: int
     trained_parameters: int
@@ -154,6 +156,7 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         examples=examples,
         packs=packs,
         eval_examples=eval_examples,
+        sample_prompts=_sample_prompts(config, rows, tokenizer, checkpoint.config),
         total_steps=config.max_steps or math.ceil(epochs),
         parameters=count_parameters(network, config) + (0 if config.method == "full" else trained),
         trained_parameters=trained,
@@ -185,7 +188,7 @@ def encode_data(
         raise ParameterError(
             f"max_length {config.max_length} is above the model's context of {model.context_length} tokens"
         )
-    rendering = ChatRendering(template=config.chat_template, chat_format=config.chat_format, date=config.date)
+    rendering = _rendering(config)
     pairs = [row for row in rows if isinstance(row, PairRow)]
     plain = [row for row in rows if not isinstance(row, PairRow)]
     length, overlong = config.max_length, config.overlong
@@ -204,6 +207,27 @@ def encode_data(
                 f"{model.vocab_size}: its tokenizer is that of another model"
             )
     return examples
+
+
+def _sample_prompts(
+    config: TrainConfig, rows: Sequence[Row], tokenizer: Tokenizer, model: LlamaConfig
+) -> SamplePrompts | None:
+    """Encode the prompts as the rows are: as texts where no row is a chat."""
+    if not config.sample_prompts:
+        return None
+    answers = (row.chosen if isinstance(row, PairRow) else row for row in rows)
+    is_text = all(isinstance(row, TextRow) for row in answers)
+    return SamplePrompts.encode(
+        config.sample_prompts,
+        tokenizer,
+        max_tokens=config.sample_max_tokens,
+        context_length=model.context_length,
+        rendering=None if is_text else _rendering(config),
+    )
+
+
+def _rendering(config: TrainConfig) -> ChatRendering:
+    return ChatRendering(template=config.chat_template, chat_format=config.chat_format, date=config.date)
 
 
 def with_date(config: TrainConfig, tokenizer: Tokenizer, today: datetime.date | None) -> TrainConfig:
