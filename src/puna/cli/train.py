@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from puna.cli.threads import Threads, use_threads
+from puna.cli.train_progress import TrainProgress
+from puna.train.readable import size_text
 
 if TYPE_CHECKING:
     from puna.train.train_config import TrainConfig
-    from puna.train.trainer import EvalMetrics, StepMetrics, TrainResult
+    from puna.train.trainer import TrainResult
     from puna.train.training_plan import TrainingPlan
 
 _OWN = ("config", "dry_run", "resume", "force", "threads")
@@ -59,9 +60,21 @@ def train(
     ] = None,
     eval_data: Annotated[list[str] | None, _option("Rows to measure, not train; repeatable.", "FILE")] = None,
     eval_split: Annotated[float | None, _option("Or the share of the data to measure.", "P")] = None,
+    eval_steps: Annotated[int | None, _option("Steps between measurements [with each checkpoint].")] = None,
+    eval_on_start: Annotated[
+        bool | None, typer.Option("--eval-on-start", help="Measure before the first step too.")
+    ] = None,
     load_best_model_at_end: Annotated[
         bool | None, typer.Option("--load-best-model-at-end", help="Write the checkpoint that measured best.")
     ] = None,
+    early_stopping_patience: Annotated[
+        int | None, _option("End after so many measurements without a better one.")
+    ] = None,
+    sample_prompts: Annotated[
+        list[str] | None, _option("A prompt to answer before, and with each measurement; repeatable.", "TEXT")
+    ] = None,
+    sample_max_tokens: Annotated[int | None, _option("Most tokens of such an answer [128].")] = None,
+    report_to: Annotated[list[str] | None, _option("tensorboard or wandb; repeatable.", "NAME")] = None,
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Put several rows in a pack [yes].")
     ] = None,
@@ -102,14 +115,19 @@ def train(
     use_threads(threads)
     from puna.train.trainer import Trainer
 
-    progress = _Progress()
-    trainer = Trainer(settings, on_step=progress.note, on_eval=progress.measured)
+    trainer = Trainer(settings)
     typer.echo("\n".join(plan_lines(trainer.plan)))
     if dry_run:
         trainer.plan.require_memory()
         return
-    progress.total = trainer.plan.total_steps
-    result = trainer.train(resume=resume, force=force)
+    progress = TrainProgress(total_steps=trainer.plan.total_steps)
+    trainer.on_step, trainer.on_eval = progress.step, progress.evaluation
+    trainer.on_sample = progress.samples
+    progress.busy(f"loading {trainer.config.model}")
+    try:
+        result = trainer.train(resume=resume, force=force)
+    finally:
+        progress.close()
     typer.echo(_ending(result, trainer.config))
     if not result.is_finished:
         raise typer.Exit(130)
@@ -151,8 +169,8 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
         + (f" ({full:.1f}% full)" if config.packing else ""),
         "steps": f"{plan.total_steps:,} of at most {per_step} {unit}; {plan.steps_per_epoch:,} an epoch",
         "learning rate": f"{config.rate:g}, {config.lr_scheduler_type}, {plan.warmup_steps} steps of warmup",
-        "memory": f"about {_size(plan.total_memory)}; {_size(plan.free)} are free",
-        **{f"  {part}": _size(size) for part, size in plan.memory.items()},
+        "memory": f"about {size_text(plan.total_memory)}; {size_text(plan.free)} are free",
+        **{f"  {part}": size_text(size) for part, size in plan.memory.items()},
         "output": str(config.output),
     }
     width = max(map(len, rows))
@@ -164,59 +182,18 @@ def _measured(plan: TrainingPlan) -> str:
     return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, with each checkpoint"
 
 
-def _size(number: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number / 1e3:.1f} kB"
-
-
-class _Progress:
-    """Print a line about a step, at most one a second, and the last one."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._printed = -1.0
-        self._seconds = 0.0
-        self._tokens = 0
-        self._steps = 0
-
-    def measured(self, metrics: EvalMetrics) -> None:
-        """Take the metrics of an evaluation."""
-        measured = f"loss {metrics.eval_loss:.4f}"
-        if metrics.eval_perplexity is not None:
-            measured += f"  perplexity {metrics.eval_perplexity:.4g}"
-        if metrics.eval_accuracy is not None:
-            measured += f"  accuracy {metrics.eval_accuracy:.2f}"
-        typer.echo(f"step {metrics.step}/{self.total}  measured  {measured}")
-
-    def note(self, metrics: StepMetrics) -> None:
-        """Take the metrics of a step."""
-        self._seconds += metrics.seconds
-        self._tokens += metrics.tokens
-        self._steps += 1
-        now = time.monotonic()
-        if now - self._printed < 1 and self._printed >= 0 and metrics.step != self.total:
-            return
-        self._printed = now
-        left = self._seconds / self._steps * (self.total - metrics.step)
-        typer.echo(
-            f"step {metrics.step}/{self.total}  epoch {metrics.epoch:.2f}  loss {metrics.loss:.4f}  "
-            f"lr {metrics.learning_rate:.3g}  norm {metrics.grad_norm:.3g}  "
-            f"{self._tokens / self._seconds:,.0f} tokens/s  {_duration(left)} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _ending(result: TrainResult, config: TrainConfig) -> str:
     if not result.is_finished:
         return f"stopped after step {result.step} of {result.total_steps}; go on with --resume"
-    if config.method == "full":
-        return f"wrote {result.output}: a model"
+    lines = []
+    if result.stopped_early:
+        lines.append(f"ended at step {result.step}: step {result.best_step} measured best")
+    elif config.load_best_model_at_end:
+        lines.append(f"step {result.best_step} measured best, and is what is written")
     merged = f", and the model with it in {result.output / 'merged'}" if config.merge else ""
-    return f"wrote {result.output}: an adapter{merged}"
+    kind = "a model" if config.method == "full" else f"an adapter{merged}"
+    lines.append(f"wrote {result.output}: {kind}")
+    if result.report is not None:
+        picture = f", {result.picture.name}" if result.picture else " (loss.png needs matplotlib)"
+        lines.append(f"report: {result.report}{picture}")
+    return "\n".join(lines)

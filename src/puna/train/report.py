@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from puna.train.loss_picture import Curve, Point, can_draw_png, svg_chart, with_smooth, write_png
+from puna.train.readable import duration, size_text
 from puna.train.train_config import TrainConfig
 from puna.train.training_plan import TrainingPlan
 
@@ -253,21 +254,6 @@ def _table(facts: Mapping[str, str]) -> str:
 
 def _rows(cells: Mapping[str, str]) -> str:
     return "\n".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells.items())
-
-
-def size_text(number: float) -> str:
-    """Return a number of bytes for people: 1.5 GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number / 1e3:.1f} kB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: 1:02:03, or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 _PAGE = Template("""<!doctype html>
