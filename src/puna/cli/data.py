@@ -26,7 +26,7 @@ def data_command() -> None:
 
 @data.command()
 def preview(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl, .json or .csv file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl, .json, .csv or .parquet file, or OWNER/NAME.")],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Whose tokenizer and chat template are used.")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 from puna.cli.threads import Threads, use_threads
 from puna.cli.train_progress import TrainProgress
-from puna.train.readable import size_text
+from puna.train.readable import duration, size_text
 
 if TYPE_CHECKING:
     from puna.train.train_config import TrainConfig
@@ -29,7 +29,7 @@ def train(
         Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .json file of settings.")
     ] = None,
     model: Annotated[str | None, _option("The model to begin with.", "MODEL")] = None,
-    data: Annotated[list[str] | None, _option("A .jsonl, .json or .csv file; repeatable.", "FILE")] = None,
+    data: Annotated[list[str] | None, _option("A .jsonl, .json, .csv or .parquet file, or OWNER/NAME[@CONFIG][:SPLIT]; repeatable.", "FILE")] = None,
     output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
     method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
     objective: Annotated[str | None, _option("sft (default), or dpo on pairs of answers.", "NAME")] = None,
@@ -119,6 +119,7 @@ def train(
     typer.echo("\n".join(plan_lines(trainer.plan)))
     if dry_run:
         trainer.plan.require_memory()
+        typer.echo(_time_line(trainer.plan))
         return
     progress = TrainProgress(total_steps=trainer.plan.total_steps)
     trainer.on_step, trainer.on_eval = progress.step, progress.evaluation
@@ -177,6 +178,15 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
     return [f"  {name.ljust(width)}    {text}" for name, text in rows.items()]
 
 
+def _time_line(plan: TrainingPlan) -> str:
+    from puna.train.time_estimate import estimate_seconds
+
+    seconds = estimate_seconds(plan)
+    if seconds is None:
+        return "  time: not estimated for this model; the first steps tell"
+    return f"  time: about {duration(seconds)}, an estimate from one layer measured on {plan.device} just now"
+
+
 def _measured(plan: TrainingPlan) -> str:
     trained = sum(example.num_trained for example in plan.eval_examples)
     return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, with each checkpoint"
@@ -192,8 +202,8 @@ def _ending(result: TrainResult, config: TrainConfig) -> str:
         lines.append(f"step {result.best_step} measured best, and is what is written")
     merged = f", and the model with it in {result.output / 'merged'}" if config.merge else ""
     kind = "a model" if config.method == "full" else f"an adapter{merged}"
-    lines.append(f"wrote {result.output}: {kind}")
     if result.report is not None:
         picture = f", {result.picture.name}" if result.picture else " (loss.png needs matplotlib)"
         lines.append(f"report: {result.report}{picture}")
+    lines.append(f"wrote {result.output}: {kind}")
     return "\n".join(lines)
