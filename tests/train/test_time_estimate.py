@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from puna.model.lora_config import LoraConfig
 from puna.train import time_estimate
@@ -34,25 +36,37 @@ def test_steps_and_evaluations_are_counted(place: Path, monkeypatch: pytest.Monk
     assert estimate_seconds(plan) == pytest.approx(expected)
 
 
+@pytest.fixture
+def a_second_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each work be done once, and take a second."""
+
+    def seconds(work: Callable[[], object], device: torch.device) -> float:
+        work()
+        return 1.0
+
+    monkeypatch.setattr(time_estimate, "_seconds", seconds)
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_a_pace_is_measured_for_each_method(
-    place: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    monkeypatch.setattr(time_estimate, "_ENOUGH_SECONDS", 0.0)
-    pace = measure_pace(plan_of(place, method=method))
-    assert 0 < pace.forward < pace.both_ways < 0.1
-    assert 0 < pace.head < 0.1 and 0 < pace.optimizer_step < 10
+def test_what_is_measured_is_scaled_to_the_model(place: Path, a_second_each: None, method: str) -> None:
+    plan = plan_of(place, method=method, max_length=20, overlong="truncate")
+    batch = time_estimate._some_batch(plan)
+    pace = measure_pace(plan)
+    assert batch.num_tokens <= 20 and pace.forward == pace.both_ways == 2 / batch.num_tokens
+    assert pace.head == 1 / batch.num_tokens
+    if method == "full":  # embedding, head and final norm have no part in the layer
+        assert pace.optimizer_step > 2
+    else:
+        assert pace.optimizer_step == pytest.approx(2)  # layers
 
 
-def test_an_adapter_for_some_layers_is_measured_as_one_for_all(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time_estimate, "_ENOUGH_SECONDS", 0.0)
+def test_an_adapter_for_some_layers_is_measured_as_one_for_all(place: Path, a_second_each: None) -> None:
     for lora in (
         LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM"),
         LoraConfig(r=2, target_modules=r".*layers\.1\.mlp.*", task_type="CAUSAL_LM"),
     ):
-        assert measure_pace(plan_of(place, lora=lora)).both_ways > 0
+        plan = plan_of(place, lora=lora)
+        assert measure_pace(plan).both_ways == 2 / time_estimate._some_batch(plan).num_tokens
 
 
 def test_what_cannot_be_told_is_none(stories: Path, place: Path) -> None:
