@@ -62,6 +62,7 @@ def test_a_terminal_gets_a_line_that_changes(clock: list[float], monkeypatch: py
     progress = TrainProgress(total_steps=4, out=out, is_live=True)
     progress.busy("loading cria")
     for step in (1, 2):
+        clock[0] += 1
         progress.step(metrics(step))
     progress.evaluation(EvalMetrics(step=2, eval_loss=1.5, eval_seconds=1.0, eval_perplexity=4.4817))
     progress.samples(SampleMetrics(step=2, samples=[Sample(prompt="why?", answer="a\nllama")]))
@@ -72,6 +73,26 @@ def test_a_terminal_gets_a_line_that_changes(clock: list[float], monkeypatch: py
     assert "\r\x1b[Kstep 2/4  measured  loss 1.5000  perplexity 4.482\n" in shown
     assert "\r\x1b[Kstep 2/4  sample  why?  ->  a llama\n" in shown
     assert shown.endswith("0:00 left\n") and shown.count("\n") == 3
+
+
+def test_batches_move_the_line_within_a_step(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((120, 24)))
+    out = io.StringIO()
+    progress = TrainProgress(total_steps=2, out=out, is_live=True)
+    for done in (1, 2, 3):
+        clock[0] += 0.15  # too soon for every one
+        progress.batch(done, 4)
+    assert out.getvalue() == (
+        "\r\x1b[K[....................] 0/2 and 1/4 of a step\r\x1b[K[....................] 0/2 and 3/4 of a step"
+    )
+    clock[0] += 1
+    progress.step(metrics(1))
+    clock[0] += 1
+    progress.batch(2, 4)
+    assert "[##########..........] 1/2 and 2/4  epoch 0.10  loss 2.5000" in out.getvalue()
+    plain = io.StringIO()
+    TrainProgress(total_steps=2, out=plain).batch(1, 4)
+    assert plain.getvalue() == ""
 
 
 def test_a_narrow_terminal_keeps_loss_and_time(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

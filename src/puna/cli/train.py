@@ -123,7 +123,7 @@ def train(
         return
     progress = TrainProgress(total_steps=trainer.plan.total_steps)
     trainer.on_step, trainer.on_eval = progress.step, progress.evaluation
-    trainer.on_sample = progress.samples
+    trainer.on_sample, trainer.on_batch = progress.samples, progress.batch
     progress.busy(f"loading {trainer.config.model}")
     try:
         result = trainer.train(resume=resume, force=force)

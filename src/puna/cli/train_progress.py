@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BAR = 20  # characters
 _CLEAR = "\r\x1b[K"
+_OFTEN = 0.2  # seconds between two looks of the line that changes
 _RAREST = 0.02  # a plain line comes when this share of the time so far has gone by since the last
 
 
@@ -32,6 +33,8 @@ class TrainProgress:
         self._began = self._printed = 0.0
         self._steps = self._tokens = 0
         self._is_open = False  # a line that changes is on the screen
+        self._shown = 0.0
+        self._last: StepMetrics | None = None
 
     def busy(self, text: str) -> None:
         """Show a person what takes the time before the first step."""
@@ -40,6 +43,7 @@ class TrainProgress:
 
     def step(self, metrics: StepMetrics) -> None:
         """Take the metrics of a step."""
+        self._last = metrics
         now = time.monotonic()
         if not self._steps:
             self._began = now - metrics.seconds
@@ -48,13 +52,24 @@ class TrainProgress:
         seconds = max(now - self._began, 1e-9)
         is_last = metrics.step == self._total
         if self._is_live:
-            self._show(self._live_line(metrics, seconds))
+            if is_last or now - self._shown >= _OFTEN:
+                self._show(self._live_line(metrics, seconds))
             if is_last:
                 self._end_line()
             return
         if self._steps == 1 or is_last or now - self._printed >= max(1.0, _RAREST * seconds):
             self._printed = now
             self._print(f"step {metrics.step}/{self._total}  " + "  ".join(self._parts(metrics, seconds)))
+
+    def batch(self, done: int, count: int) -> None:
+        """Take how many batches of the next step are done: a step of a large model takes minutes."""
+        now = time.monotonic()
+        if not self._is_live or done == count or now - self._shown < _OFTEN:
+            return
+        if self._last is None:
+            self._show(f"{self._head(0)} and {done}/{count} of a step")
+        else:
+            self._show(self._live_line(self._last, max(now - self._began, 1e-9), f" and {done}/{count}"))
 
     def evaluation(self, metrics: EvalMetrics) -> None:
         """Take the metrics of an evaluation."""
@@ -90,10 +105,13 @@ class TrainProgress:
             parts.append(size_text(metrics.peak_memory))
         return [*parts, f"{duration(left)} left"]
 
-    def _live_line(self, metrics: StepMetrics, seconds: float) -> str:
+    def _head(self, step: int) -> str:
+        done = round(_BAR * step / self._total)
+        return f"[{'#' * done}{'.' * (_BAR - done)}] {step}/{self._total}"
+
+    def _live_line(self, metrics: StepMetrics, seconds: float, more: str = "") -> str:
         """Return what fits on the line: the bar, the loss and the time left stay longest."""
-        done = round(_BAR * metrics.step / self._total)
-        head = f"[{'#' * done}{'.' * (_BAR - done)}] {metrics.step}/{self._total}"
+        head = self._head(metrics.step) + more
         parts = self._parts(metrics, seconds)
         columns = shutil.get_terminal_size().columns - 1
         while len(parts) > 2 and len("  ".join([head, *parts])) > columns:
@@ -104,6 +122,7 @@ class TrainProgress:
     def _show(self, text: str) -> None:
         self._out.write(f"{_CLEAR}{text}")
         self._out.flush()
+        self._shown = time.monotonic()
         self._is_open = True
 
     def _print(self, text: str) -> None:

@@ -130,11 +130,13 @@ class Trainer:
         on_step: Callable[[StepMetrics], None] | None = None,
         on_eval: Callable[[EvalMetrics], None] | None = None,
         on_sample: Callable[[SampleMetrics], None] | None = None,
+        on_batch: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read data and headers, not weights. Raises what is wrong with them; see `make_plan`."""
         require_installed(config.report_to)
         self.output = Path(config.output).expanduser()
         self.on_step, self.on_eval, self.on_sample = on_step, on_eval, on_sample
+        self.on_batch = on_batch  # is given how many batches of the step are done, of how many
         self._logs: list[Log] = []
         self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
         before = None if self.checkpoint is None else read_state(self.checkpoint)
@@ -265,11 +267,13 @@ class Trainer:
         batches = self.plan.micro_batches(step)
         count = sum(map(self._count, batches))
         total, margins = 0.0, []
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             loss, margin = self._loss(run, batch)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
             margins += margin
+            if self.on_batch is not None:
+                self.on_batch(number, len(batches))
         if not math.isfinite(total):
             raise ParameterError(f"the loss of step {step + 1} is {total}: try a lower learning_rate")
         if step == 0:
