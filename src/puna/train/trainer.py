@@ -477,3 +477,4 @@ class _CtrlC:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+        logger.warning("ending after this step, and saving; Ctrl-C once more ends at once, without")
