@@ -42,7 +42,7 @@ def generated(model: Path, prompt: str, max_tokens: int) -> str:
     network = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
-    )
+    )["input_ids"]
     out = network.generate(ids, max_new_tokens=max_tokens, do_sample=False)[0, ids.shape[1] :]
     text: str = tokenizer.decode(out, skip_special_tokens=True)
     return text + ("" if int(out[-1]) in network.generation_config.eos_token_id else "...")

@@ -80,8 +80,12 @@ class SamplePrompts:
 
     def _generate(self, network: Llama) -> list[str]:
         longest = max(map(len, self.ids)) + self.max_tokens
-        blocks = len(self.ids) * (longest // _BLOCK + 2)
-        limits = EngineConfig(block_size=_BLOCK, num_blocks=blocks, max_num_seqs=len(self.ids))
+        limits = EngineConfig(
+            max_model_len=longest,
+            block_size=_BLOCK,
+            num_blocks=len(self.ids) * (longest // _BLOCK + 2),
+            max_num_seqs=len(self.ids),
+        )
         engine = LLMEngine(
             network,
             limits,
