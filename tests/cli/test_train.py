@@ -147,9 +147,10 @@ def test_a_dry_run_estimates_the_time(model: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("puna.train.time_estimate.estimate_seconds", lambda plan: 123.4)
     arguments = ("train", "--model", model, "--data", write_data(tmp_path), "--output", tmp_path / "out")
     result = invoke(*arguments, "--dry-run", "--device", "cpu")
-    assert "time: about 2:03, an estimate from one layer measured on cpu just now" in result.stdout
+    assert table(result.stdout)["time"] == "about 2:03, an estimate from one layer, measured now"
     monkeypatch.setattr("puna.train.time_estimate.estimate_seconds", lambda plan: None)
-    assert "time: not estimated" in invoke(*arguments, "--dry-run", "--device", "cpu").stdout
+    shown = invoke(*arguments, "--dry-run", "--device", "cpu").stdout
+    assert table(shown)["time"] == "not estimated; the first steps tell"
 
 
 def test_samples_and_measurements_are_printed(model: Path, tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_samples_and_measurements_are_printed(model: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line.split()[1] for line in lines if "  measured  " in line] == ["0/2", "1/2", "2/2"]
+    measured = [line.split()[1] for line in lines if line.startswith("step ") and "  measured  " in line]
+    assert measured == ["0/2", "1/2", "2/2"]
     assert len([line for line in lines if "  sample  hello  ->  " in line]) == 3
     assert lines[-2].startswith(f"report: {out / 'report.html'}") and lines[-1].startswith("wrote ")

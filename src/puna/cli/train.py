@@ -116,10 +116,9 @@ def train(
     from puna.train.trainer import Trainer
 
     trainer = Trainer(settings)
-    typer.echo("\n".join(plan_lines(trainer.plan)))
+    typer.echo("\n".join(plan_lines(trainer.plan, with_time=dry_run)))
     if dry_run:
         trainer.plan.require_memory()
-        typer.echo(_time_line(trainer.plan))
         return
     progress = TrainProgress(total_steps=trainer.plan.total_steps)
     trainer.on_step, trainer.on_eval = progress.step, progress.evaluation
@@ -149,8 +148,8 @@ def _settings(path: Path | None, given: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict({**values, **given})
 
 
-def plan_lines(plan: TrainingPlan) -> list[str]:
-    """Return what a training will be, as lines of a table."""
+def plan_lines(plan: TrainingPlan, *, with_time: bool = False) -> list[str]:
+    """Return what a training will be, as lines of a table; the time takes a second to estimate."""
     config = plan.config
     trained = f"{plan.trained_parameters:,} of {plan.parameters:,} parameters trained"
     share = 100 * plan.trained_parameters / plan.parameters
@@ -172,19 +171,20 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
         "learning rate": f"{config.rate:g}, {config.lr_scheduler_type}, {plan.warmup_steps} steps of warmup",
         "memory": f"about {size_text(plan.total_memory)}; {size_text(plan.free)} are free",
         **{f"  {part}": size_text(size) for part, size in plan.memory.items()},
+        **({"time": _time(plan)} if with_time else {}),
         "output": str(config.output),
     }
     width = max(map(len, rows))
     return [f"  {name.ljust(width)}    {text}" for name, text in rows.items()]
 
 
-def _time_line(plan: TrainingPlan) -> str:
+def _time(plan: TrainingPlan) -> str:
     from puna.train.time_estimate import estimate_seconds
 
-    seconds = estimate_seconds(plan)
+    seconds = None if plan.total_memory > plan.free else estimate_seconds(plan)
     if seconds is None:
-        return "  time: not estimated for this model; the first steps tell"
-    return f"  time: about {duration(seconds)}, an estimate from one layer measured on {plan.device} just now"
+        return "not estimated; the first steps tell"
+    return f"about {duration(seconds)}, an estimate from one layer, measured now"
 
 
 def _measured(plan: TrainingPlan) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from puna.train.training_samples import SampleMetrics
 
 _BAR = 20  # characters
+_LEAST_FIRST = ("norm", "epoch", "lr", "accuracy")  # what a narrow terminal does not show
 _CLEAR = "\r\x1b[K"
 _OFTEN = 0.2  # seconds between two looks of the line that changes
 _RAREST = 0.02  # a plain line comes when this share of the time so far has gone by since the last
@@ -115,8 +116,9 @@ class TrainProgress:
         parts = self._parts(metrics, seconds)
         columns = shutil.get_terminal_size().columns - 1
         while len(parts) > 2 and len("  ".join([head, *parts])) > columns:
-            keep = next(i for i, part in enumerate(parts) if not part.startswith(("loss", "accuracy")))
-            del parts[keep if keep < len(parts) - 1 else 0]
+            names = [part.partition(" ")[0] for part in parts[:-1]]
+            least = next((name for name in _LEAST_FIRST if name in names), None)
+            del parts[1 if least is None else names.index(least)]  # never the loss
         return "  ".join([head, *parts])[:columns]
 
     def _show(self, text: str) -> None:

@@ -57,7 +57,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
     rough = (high - low) / count
     size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.9)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
 

@@ -140,8 +140,8 @@ class TrainConfig:
             raise ParameterError("eval_data and eval_split: give one of them")
         if self.load_best_model_at_end and not self.evaluates:
             raise ParameterError("load_best_model_at_end needs eval_data or eval_split")
-        self._check_evaluation()
         self._check_numbers()
+        self._check_evaluation()
 
     def _check_evaluation(self) -> None:
         for target in self.report_to:
