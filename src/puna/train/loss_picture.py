@@ -15,10 +15,8 @@ from pathlib import Path
 
 Point = tuple[float, float]  # a step, and a value
 
-_WIDTH, _HEIGHT = 720, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
 _MOST_POINTS = 600  # a line has no more corners than a screen shows
-_SMOOTH = 0.9
 _FEWEST_TO_SMOOTH = 30
 
 
@@ -33,8 +31,13 @@ class Curve:
     has_dots: bool = False
 
 
-def smoothed(points: Sequence[Point], weight: float = _SMOOTH) -> list[Point]:
-    """Return the exponential mean of the values so far, without the pull of a beginning at zero."""
+def smoothed(points: Sequence[Point], weight: float | None = None) -> list[Point]:
+    """Return the exponential mean of the values so far, without the pull of a beginning at zero.
+
+    Without a weight it looks back over about a twenty-fifth of all points: more would hide a short training.
+    """
+    if weight is None:
+        weight = min(0.98, max(0.5, 1 - 25 / max(len(points), 1)))
     mean, total, out = 0.0, 0.0, []
     for step, value in points:
         mean = weight * mean + (1 - weight) * value
@@ -75,7 +78,7 @@ def thinned(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
     return [*out, points[-1]]
 
 
-def svg_chart(curves: Sequence[Curve], *, label: str) -> str:
+def svg_chart(curves: Sequence[Curve], *, label: str, width: int = 720, height: int = 250) -> str:
     """Return an <svg> of the curves over their steps. There must be a finite point."""
     finite = [
         (step, value)
@@ -83,12 +86,12 @@ def svg_chart(curves: Sequence[Curve], *, label: str) -> str:
         for step, value in curve.points
         if math.isfinite(step) and math.isfinite(value)
     ]
-    area = _Area.around(finite)
+    area = _Area.around(finite, width, height)
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(label)}">',
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">',
         *area.grid(),
         *(line for curve in curves for line in area.curve(curve)),
-        *_legend([curve for curve in curves if curve.name]),
+        *_legend([curve for curve in curves if curve.name], height),
         "</svg>",
     ]
     return "\n".join(parts)
@@ -102,34 +105,37 @@ class _Area:
     right: float
     low: float
     high: float
+    width: int
+    height: int
 
     @classmethod
-    def around(cls, points: Sequence[Point]) -> _Area:
+    def around(cls, points: Sequence[Point], width: int, height: int) -> _Area:
         steps, values = zip(*points, strict=True)
         low, high = min(values), max(values)
         room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
         floor = 0.0 if low >= 0 and low - room < 0 else low - room
         left, right = min(steps), max(steps)
-        return cls(left=left, right=right if right > left else left + 1, low=floor, high=high + room)
+        right = right if right > left else left + 1
+        return cls(left=left, right=right, low=floor, high=high + room, width=width, height=height)
 
     def x(self, step: float) -> float:
-        return round(_LEFT + (step - self.left) / (self.right - self.left) * (_WIDTH - _LEFT - _RIGHT), 1)
+        return round(_LEFT + (step - self.left) / (self.right - self.left) * (self.width - _LEFT - _RIGHT), 1)
 
     def y(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
-        return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
+        return round(self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM), 1)
 
     def grid(self) -> list[str]:
-        bottom, lines = _HEIGHT - _BOTTOM, []
+        bottom, end, lines = self.height - _BOTTOM, self.width - _RIGHT, []
         for value in ticks(self.low, self.high):
             y = self.y(value)
-            lines.append(f'<line x1="{_LEFT}" y1="{y}" x2="{_WIDTH - _RIGHT}" y2="{y}" class="grid"/>')
+            lines.append(f'<line x1="{_LEFT}" y1="{y}" x2="{end}" y2="{y}" class="grid"/>')
             lines.append(f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{_number(value)}</text>')
-        for step in ticks(self.left, self.right, 8):
+        for step in ticks(self.left, self.right, max(self.width // 90, 2)):
             if step == int(step):
                 x = self.x(step)
                 lines.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{int(step):,}</text>')
-        lines.append(f'<line x1="{_LEFT}" y1="{bottom}" x2="{_WIDTH - _RIGHT}" y2="{bottom}" class="axis"/>')
+        lines.append(f'<line x1="{_LEFT}" y1="{bottom}" x2="{end}" y2="{bottom}" class="axis"/>')
         return lines
 
     def curve(self, curve: Curve) -> list[str]:
@@ -148,8 +154,8 @@ class _Area:
         return lines
 
 
-def _legend(curves: Sequence[Curve]) -> list[str]:
-    lines, x, y = [], float(_LEFT), _HEIGHT - 6
+def _legend(curves: Sequence[Curve], height: int) -> list[str]:
+    lines, x, y = [], float(_LEFT), height - 6
     for curve in curves:
         lines.append(
             f'<line x1="{x}" y1="{y - 4}" x2="{x + 18}" y2="{y - 4}" class="curve" '

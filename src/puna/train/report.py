@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from puna.model.lora_config import LoraConfig
 from puna.train.loss_picture import Curve, Point, can_draw_png, svg_chart, with_smooth, write_png
 from puna.train.readable import duration, size_text
 from puna.train.train_config import TrainConfig
@@ -154,7 +155,7 @@ def _charts(history: History) -> list[str]:
         "Tokens per second": with_smooth("tokens/s", rates),
     }
     figures = [
-        f"<figure><figcaption>{name}</figcaption>{svg_chart(curves, label=name)}</figure>"
+        f"<figure><figcaption>{name}</figcaption>{svg_chart(curves, label=name, width=360, height=190)}</figure>"
         for name, curves in small.items()
         if any(curve.points for curve in curves)
     ]
@@ -191,7 +192,7 @@ def plan_facts(plan: TrainingPlan) -> dict[str, str]:
         "parameters": f"{plan.trained_parameters:,} of {plan.parameters:,} trained ({share:.2f}%)",
         "rows": f"{plan.num_rows:,}, in {len(plan.packs):,} {'packs' if plan.config.packing else 'batches'}",
         "tokens of an epoch": f"{plan.num_tokens:,}, {plan.num_trained:,} trained ({trained:.1f}%)",
-        "held-out rows": f"{len(plan.eval_examples):,}",
+        **({"held-out rows": f"{len(plan.eval_examples):,}"} if plan.eval_examples else {}),
         "steps of an epoch": f"{plan.steps_per_epoch:,}",
         "dtype, device": f"{str(plan.dtype).removeprefix('torch.')}, {plan.device}",
         "memory, estimated": f"{size_text(plan.total_memory)}: {memory}",
@@ -211,7 +212,9 @@ def _settings(config: TrainConfig) -> str:
     given = {name: value for name, value in values.items() if not _is_default(name, value, defaults)}
     rest = {name: value for name, value in values.items() if name not in given}
     if config.method != "full":
-        given |= {f"lora.{name}": value for name, value in lora.items() if value not in (None, False, {}, [])}
+        usual = LoraConfig(task_type="CAUSAL_LM").to_dict()
+        shown = ("r", "lora_alpha", "target_modules")
+        given |= {f"lora.{k}": v for k, v in lora.items() if k in shown or v != usual.get(k)}
     rows = {f"<b>{html.escape(name)}</b>": _value(value) for name, value in given.items()}
     plain = {html.escape(name): _value(value) for name, value in rest.items()}
     return (
@@ -276,13 +279,13 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr))
 dt { color: var(--dim); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--rule); }
-th { width: 14rem; font-weight: normal; color: var(--dim); } th b { color: var(--text); font-weight: 600; }
+th { width: 16rem; font-weight: normal; color: var(--dim); } th b { color: var(--text); font-weight: 600; }
 td { overflow-wrap: anywhere; white-space: pre-wrap; } .samples th { width: 6rem; white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font-size: 12px; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--dim); }
 .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin-top: 1rem; }
-.row svg text { font-size: 19px; } figure { margin: 0; } figcaption { color: var(--dim); font-size: .9rem; }
+figure { margin: 0; } figcaption { color: var(--dim); font-size: .9rem; }
 details { margin-top: .75rem; } summary { cursor: pointer; color: var(--dim); }
 </style>
 </head>
