@@ -4,12 +4,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "binding_checks.h"
 #include "cpu_features.h"
 #include "dense_linear_driver.h"
+#include "huge_pages.h"
+#include "layer_ops_binding.h"
 #include "paged_attention_driver.h"
 #include "quant_linear_driver.h"
 #include "quantize_driver.h"
@@ -27,31 +29,10 @@ using Rows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::c
 using RowsOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 BlockFormat require_format(int type) {
   const BlockFormat format = block_format(type);
   require(format.columns != 0, "no kernel for ggml type " + std::to_string(type));
   return format;
-}
-
-Dtype require_dtype(int code) {
-  require(code >= 0 && code <= 2, "no kernel for dtype code " + std::to_string(code));
-  return static_cast<Dtype>(code);
-}
-
-int require_threads(int threads) {
-  require(threads >= 1 && threads <= kMostThreads, "threads is " + std::to_string(threads));
-  static bool warned = false;  // guarded by the GIL
-  if (threads > 1 && threads_are_lost() && !warned) {
-    warned = true;
-    if (PyErr_WarnEx(PyExc_RuntimeWarning,
-                     "this process was forked after the kernels were used: they run on one thread", 1) < 0)
-      throw nb::python_error();
-  }
-  return usable_threads(threads);
 }
 
 // A matrix of quantised weights in tiles. It keeps the memory that it was made over.
@@ -103,11 +84,6 @@ class QuantMatrix {
   int type_;
   int64_t rows_, columns_, row_bytes_ = 0;
 };
-
-const void* require_address(uintptr_t address, int64_t alignment) {
-  require(address != 0 && address % static_cast<uintptr_t>(alignment) == 0, "a missing or crooked address");
-  return reinterpret_cast<const void*>(address);
-}
 
 // Tensors come as addresses, since taking one through DLPack costs as much as a small product. cpu.py vouches
 // for their dtype and layout; their sizes are checked here.
@@ -199,13 +175,15 @@ class PagedBatch {
 
   // cpu.py vouches for the dtypes and the layout of what the addresses point at, sizes are checked here.
   // q: (tokens, heads, head_dim), tokens `q_stride` elements apart; out the same without gaps. keys, values:
-  // (num_blocks, block_size, kv_heads, head_dim).
+  // (num_blocks, block_size, kv_heads, head_dim); key_scales, value_scales: float32 (num_blocks, block_size,
+  // kv_heads) for int8, else 0.
   void attend(uintptr_t q, int dtype, int64_t tokens, int64_t heads, int64_t head_dim, int64_t q_stride,
-              uintptr_t keys, uintptr_t values, int cache_dtype, int64_t kv_heads, int64_t cache_size,
+              uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
+              int cache_dtype, int64_t kv_heads, int64_t cache_size,
               uintptr_t out, double scale, int64_t chunk_size, int threads) const {
     threads = require_threads(threads);
     const Dtype type = require_dtype(dtype);
-    require(cache_dtype >= 0 && cache_dtype <= 3,
+    require(cache_dtype >= 0 && cache_dtype <= 4,
             "no kernel for cache dtype code " + std::to_string(cache_dtype));
     require(tokens == tokens_, std::to_string(tokens) + " tokens were given, the sequences have " +
                                    std::to_string(tokens_));
@@ -227,6 +205,10 @@ class PagedBatch {
     job.keys = static_cast<const uint8_t*>(require_address(keys, cache_bytes(kind)));
     job.values = static_cast<const uint8_t*>(require_address(values, cache_bytes(kind)));
     job.cache_type = kind;
+    if (kind == CacheType::i8) {
+      job.key_scales = static_cast<const float*>(require_address(key_scales, 4));
+      job.value_scales = static_cast<const float*>(require_address(value_scales, 4));
+    }
     job.block_size = block_size_;
     job.kv_heads = kv_heads;
     job.group = heads / kv_heads;
@@ -312,6 +294,9 @@ NB_MODULE(_cpu, m) {
       "chosen", [] { return std::string(kernels().name); }, "Return the name of the instruction set in use.");
   m.def("choose", &choose_kernels, "name"_a, "Use another instruction set from now on.");
   m.def("threads_are_lost", &threads_are_lost, "Say whether a fork left the threads of this one behind.");
+  m.def(
+      "advise_huge_pages", [](Bytes memory) { advise_huge_pages(memory.data(), memory.size()); },
+      "memory"_a.noconvert(), "Ask for huge pages under memory that was not written to yet.");
   // noconvert: a tensor of another dtype or layout would be copied, and what is written to the copy be lost.
   nb::class_<QuantMatrix>(m, "QuantMatrix")
       .def(nb::init<Bytes, int, int64_t, int64_t>(), "tiles"_a.noconvert(), "type"_a, "rows"_a, "columns"_a)
@@ -328,6 +313,7 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a.noconvert(),
            "starts"_a.noconvert(), "counts"_a.noconvert(), "num_blocks"_a, "block_size"_a)
       .def("attend", &PagedBatch::attend, "q"_a, "dtype"_a, "tokens"_a, "heads"_a, "head_dim"_a, "q_stride"_a,
-           "keys"_a, "values"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
+           "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
            "chunk_size"_a, "threads"_a);
+  bind_layer_ops(m);
 }
