@@ -19,6 +19,7 @@ from puna.model.llama import Llama
 from puna.train.packing import Batch
 
 CHUNK_ROWS = 256
+_ROWS_AT_ONCE = 32
 
 
 def batch_loss(
@@ -80,6 +81,23 @@ def chunked_cross_entropy(
     return loss
 
 
+@torch.no_grad()
+def loss_and_gradient(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy, and its gradient in the memory of `logits`, (rows, vocab) in float32."""
+    loss = logits.new_zeros(())
+    for start in range(0, len(logits), _ROWS_AT_ONCE):
+        part, wanted = logits[start : start + _ROWS_AT_ONCE], targets[start : start + _ROWS_AT_ONCE, None]
+        log_probs = part.log_softmax(dim=-1)
+        loss -= (1 - label_smoothing) * log_probs.gather(1, wanted).sum()
+        if label_smoothing:
+            loss -= label_smoothing * log_probs.mean(dim=-1).sum()
+        torch.exp(log_probs, out=part)
+        if label_smoothing:
+            part -= label_smoothing / part.shape[1]
+        part.scatter_add_(1, wanted, part.new_full(wanted.shape, label_smoothing - 1))
+    return loss, logits
+
+
 def _cross_entropy(network: Llama, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     logits = network.logits(hidden).float()
     return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
@@ -113,13 +131,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             with torch.enable_grad():
                 chunk = hidden[rows].detach().requires_grad_()
-                loss = _cross_entropy(network, chunk, targets[rows], label_smoothing)
-                found = torch.autograd.grad(loss, [chunk, *parameters], allow_unused=True)
+                logits = network.logits(chunk)
+            loss, grad = loss_and_gradient(logits.detach().float(), targets[rows], label_smoothing)
+            found = torch.autograd.grad(
+                logits, [chunk, *parameters], grad.to(logits.dtype), allow_unused=True
+            )
+            del logits, grad
             grad_hidden[rows] = found[0]
             for total, grad in zip(grads, found[1:], strict=True):
                 if grad is not None:
                     total += grad
-            losses.append(loss.detach())
+            losses.append(loss)
         ctx.save_for_backward(grad_hidden, *grads)
         return torch.stack(losses).sum()
 

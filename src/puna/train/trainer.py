@@ -29,7 +29,7 @@ from puna.errors import ParameterError
 from puna.model.llama import Llama
 from puna.peft_model import PeftModel, get_peft_model
 from puna.train.activation_offload import activation_offload
-from puna.train.base_model import gradient_checkpointing, load_base
+from puna.train.base_model import computing_in, gradient_checkpointing, load_base
 from puna.train.checkpoints import (
     checkpoint_folder,
     list_checkpoints,
@@ -158,7 +158,11 @@ class Trainer:
         step = self._go_on(run) if resume else 0
         _cut_metrics(self.output / METRICS_FILE, step)
         loss = None
-        with gradient_checkpointing(network, enabled=self.config.gradient_checkpointing), _CtrlC() as stop:
+        with (
+            computing_in(network, self.plan.compute_dtype),
+            gradient_checkpointing(network, enabled=self.config.gradient_checkpointing),
+            _CtrlC() as stop,
+        ):
             while step < self.plan.total_steps and not stop.wanted:
                 metrics = self._step(run, step)
                 step, loss = metrics.step, metrics.loss

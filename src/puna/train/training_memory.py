@@ -103,6 +103,7 @@ def estimate_memory(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
+    compute_dtype: torch.dtype,
     trained: int,
     tokens: int,
 ) -> dict[str, int]:
@@ -127,7 +128,7 @@ def estimate_memory(
         **({} if full else {"adapter": trained * size}),
         "gradients": gradients * size,
         "optimiser": trained * moments,
-        "activations": activation_bytes(network, config, dtype, tokens),
+        "activations": activation_bytes(network, config, compute_dtype, tokens),
         "loss": logits + head,
     }
 

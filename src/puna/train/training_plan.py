@@ -24,7 +24,7 @@ from puna.model.config import LlamaConfig
 from puna.text.chat import choose_template
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.train.activation_offload import require_offload
-from puna.train.base_model import choose_device, choose_dtype, is_packed
+from puna.train.base_model import choose_compute_dtype, choose_device, choose_dtype, is_packed
 from puna.train.data_files import read_records
 from puna.train.encoding import ChatRendering, Example, encode_pairs, encode_rows
 from puna.train.methods import Objective, auto_learning_rate, has_pairs
@@ -43,7 +43,8 @@ class TrainingPlan:
     config: TrainConfig
     path: Path  # of the model
     checkpoint: Checkpoint
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
+    compute_dtype: torch.dtype  # of activations
     device: torch.device
     num_rows: int
     examples: Sequence[Example]
@@ -158,7 +159,8 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
     require_optimizer(config, device)
     if config.activation_offloading:
         require_offload(device)
-    dtype = choose_dtype(config, checkpoint, device)
+    dtype = choose_dtype(config, checkpoint)
+    compute_dtype = choose_compute_dtype(config, checkpoint, dtype, device)
     network = empty_model(checkpoint.config)
     trained = count_trained(network, config)
     memory = estimate_memory(
@@ -166,6 +168,7 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         config,
         checkpoint,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         trained=trained,
         tokens=_most_tokens(config, examples, packs),
     )
@@ -175,6 +178,7 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         path=path,
         checkpoint=checkpoint,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         device=device,
         num_rows=len(rows),
         examples=examples,
