@@ -238,7 +238,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="needs answers with labels"):
         make_plan(tiny_config(tmp_path, objective="kto"))
     with pytest.raises(ParameterError, match="labelled.jsonl:1: an answer with a label is for objective 'kto'"):
-        make_plan(config_of(tmp_path, "kto", objective="sft", beta=0.1))
+        make_plan(tiny_config(tmp_path, data=str(write_labelled(tmp_path))))
     with pytest.raises(ParameterError, match="objective 'orpo' needs pairs"):
         make_plan(tiny_config(tmp_path, objective="orpo"))
     with pytest.raises(ParameterError, match="desirable_weight is for objective kto"):

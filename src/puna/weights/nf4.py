@@ -27,6 +27,7 @@ QuantType = Literal["nf4", "fp4"]
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_AT_ONCE = 1 << 20  # values that are packed at once: a whole number of blocks of every size
 _TINY = 1e-38  # stands for the scale of a block of zeros
 _NF4 = (
     -1.0,
@@ -185,13 +186,17 @@ def quantize_4bit(
     _check(quant_type, block_size)
     code = four_bit_code(quant_type)
     ordered, order = code.sort(stable=True)  # FP4 has two zeros: the second is for small positive values
-    absmax, scaled = _blocks(weight, block_size)
-    scaled = functional.pad(scaled, (0, scaled.numel() % 2))
-    places = order[torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2)].to(torch.uint8)
-    packed = ((places[::2] << 4) | places[1::2]).unsqueeze(1)
+    borders = (ordered[:-1] + ordered[1:]) / 2
+    codes, found, scales = order.to(torch.uint8), [], []
+    for values in weight.detach().reshape(-1).split(_AT_ONCE):
+        absmax, scaled = _blocks(values, block_size)
+        scaled = functional.pad(scaled, (0, scaled.numel() % 2))
+        places = codes[torch.bucketize(scaled, borders, out_int32=True)]
+        found.append((places[::2] << 4) | places[1::2])
+        scales.append(absmax)
     plain = FourBitTensor(
-        data=packed,
-        absmax=absmax,
+        data=torch.cat(found).unsqueeze(1),
+        absmax=torch.cat(scales),
         shape=weight.shape,
         dtype=weight.dtype,
         quant_type=quant_type,
