@@ -1,12 +1,12 @@
-"""Train adapters beside Transformers and PEFT on one model: tokens a second and peak memory, and their ratios.
+"""Train adapters beside Transformers and PEFT on one model: tokens a second, peak memory, and ratios.
 
     python benchmarks/finetune.py path/to/llama [--tokens 512] [--targets qv all] [--rounds 2] [--steps 2]
     python benchmarks/finetune.py --made FOLDER      # random weights in the shape of Llama 3.2 1B
 
-A step is forward, backward and AdamW over one row of tokens, r = 16, every token trained. Each run is a process
-of its own; the runs take turns, so that a machine that slows down slows down all. Of each process the first step
-is not counted; memory is the peak of the whole process, loading included. `packed` is a row of several examples
-(512 tokens each), which Puna keeps apart; Transformers is given the same tokens as one example a row of a batch.
+A step is forward, backward and AdamW over one row of tokens, r = 16, every token trained. Each run is a
+process of its own; the runs take turns, so that a machine that slows down slows down all. The first step of a
+process is not counted; memory is the peak of the whole process, loading included. More than 512 tokens are a
+row of several examples of 512, which Puna keeps apart; Transformers is given them as the rows of a batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--rounds", type=int, default=1, help="processes of each kind")
     parser.add_argument("--steps", type=int, default=2, help="steps of each process that are counted")
-    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing, in all runs")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="with gradient checkpointing, in all runs"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -122,7 +124,9 @@ def puna_step(job: dict[str, Any], ids: torch.Tensor) -> Any:
 
     method = "qlora" if job["kind"] == "puna-qlora" else "lora"
     lora = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS[job["targets"]], task_type="CAUSAL_LM")
-    config = TrainConfig(model=job["model"], data="none", output="none", method=method, lora=lora, device="cpu")
+    config = TrainConfig(
+        model=job["model"], data="none", output="none", method=method, lora=lora, device="cpu"
+    )
     checkpoint, cpu = open_checkpoint(job["model"]), torch.device("cpu")
     dtype = choose_dtype(config, checkpoint)
     network = load_base(config, checkpoint, dtype=dtype, device=cpu).train()

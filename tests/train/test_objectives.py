@@ -23,8 +23,7 @@ from puna.train.packing import Batch, mismatched
 from puna.train.train_config import TrainConfig
 from puna.train.trainer import EvalMetrics, StepMetrics, Trainer
 from puna.train.training_plan import make_plan
-from test_preference import write_pairs
-from training_data import WORDS, tiny_config
+from training_data import WORDS, tiny_config, write_pairs
 
 from tiny import hf_llama, puna_twin
 
@@ -103,7 +102,9 @@ def plain_kto(model: Any, reference: Any, rows: list[PlainRow], beta: float) -> 
     moved = []
     for index, row in enumerate(rows):
         other = rows[index - 1]
-        row = PlainRow(ids=(row.ids[: row.first] + other.ids[other.first :])[:96], first=row.first, label=None)
+        row = PlainRow(
+            ids=(row.ids[: row.first] + other.ids[other.first :])[:96], first=row.first, label=None
+        )
         with torch.no_grad():
             moved.append(answer(model, row) - reference(row))
     kl = torch.stack(moved).mean().clamp(min=0)
@@ -158,7 +159,8 @@ def test_training_is_that_of_the_plain_formula(tmp_path: Path, objective: str, m
     assert seen[-1].loss < seen[0].loss - 0.003
     assert all((m.kl is None) == (objective != "kto") for m in seen)
     assert all((m.accuracy is None) == (objective == "kto") for m in seen)
-    assert seen[-1].margin is not None and seen[-1].margin > 0
+    margin = seen[-1].margin
+    assert margin is not None and (margin > 0 or objective == "orpo")  # ORPO's is not of gains
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
@@ -237,7 +239,9 @@ def test_the_odds_of_certain_answers_are_finite(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="needs answers with labels"):
         make_plan(tiny_config(tmp_path, objective="kto"))
-    with pytest.raises(ParameterError, match="labelled.jsonl:1: an answer with a label is for objective 'kto'"):
+    with pytest.raises(
+        ParameterError, match="labelled.jsonl:1: an answer with a label is for objective 'kto'"
+    ):
         make_plan(tiny_config(tmp_path, data=str(write_labelled(tmp_path))))
     with pytest.raises(ParameterError, match="objective 'orpo' needs pairs"):
         make_plan(tiny_config(tmp_path, objective="orpo"))

@@ -57,9 +57,9 @@ def test_lora_plus_groups_are_those_of_peft() -> None:
         rate, decay = expected[id(parameter)]
         # PEFT lets the weights of norms decay, where Transformers and Puna do not.
         assert found[id(parameter)] == (pytest.approx(rate), 0.0 if parameter.ndim == 1 else decay), name
-    assert {rate for rate, _ in found.values()} == {1e-3, pytest.approx(16e-3), 1e-6}
+    assert sorted({rate for rate, _ in found.values()}) == pytest.approx([1e-6, 1e-3, 16e-3])
     set_rates(ours, 0.5)
-    assert {rate for rate, _ in settings_of(ours).values()} == {5e-4, pytest.approx(8e-3), 5e-7}
+    assert sorted({rate for rate, _ in settings_of(ours).values()}) == pytest.approx([5e-7, 5e-4, 8e-3])
 
 
 def test_lora_plus_moves_b_faster(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_lora_plus_moves_b_faster(tmp_path: Path) -> None:
     ("hidden_size", "rate"), [(2048, 4.9e-4), (3072, 3.6e-4), (4096, 2.9e-4), (8192, 1.7e-4)]
 )
 def test_rates_by_width(hidden_size: int, rate: float) -> None:
-    assert auto_learning_rate("lora", hidden_size) == pytest.approx(rate, rel=0.02)
+    assert auto_learning_rate("lora", hidden_size) == pytest.approx(rate, rel=0.03)
     assert auto_learning_rate("full", hidden_size) == auto_learning_rate("qlora", hidden_size) / 10
 
 
@@ -157,7 +157,9 @@ def test_going_on_by_force_takes_the_new_settings() -> None:
 def test_optimizers_of_bitsandbytes_are_refused_where_they_cannot_run(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UnsupportedError, match=f"optim '{name}' is bitsandbytes', .* on cpu: use adamw_torch"):
+    with pytest.raises(
+        UnsupportedError, match=f"optim '{name}' is bitsandbytes', .* on cpu: use adamw_torch"
+    ):
         make_plan(tiny_config(tmp_path, optim=name))
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     with pytest.raises(MissingExtraError, match="pip install bitsandbytes"):

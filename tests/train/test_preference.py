@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,10 @@ from puna.model.lora_config import LoraConfig
 from puna.train.train_config import TrainConfig
 from puna.train.trainer import EvalMetrics, StepMetrics, Trainer
 from puna.train.training_plan import make_plan
-from training_data import WORDS, tiny_config
+from training_data import tiny_config, write_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers and PEFT
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-
-
-def write_pairs(folder: Path, rows: int = 9) -> Path:
-    draw = random.Random(1)
-
-    def words() -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
-
-    path = folder / "pairs.jsonl"
-    lines = [
-        {
-            "prompt": [{"role": "user", "content": words()}],
-            "chosen": [{"role": "assistant", "content": words() + " llama"}],
-            "rejected": [{"role": "assistant", "content": words() + " user"}],
-        }
-        for _ in range(rows)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 def dpo_config(folder: Path, **changes: Any) -> TrainConfig:

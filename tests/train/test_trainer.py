@@ -280,7 +280,10 @@ def test_weights_of_sixteen_bits_train_as_wide_ones(place: Path, tmp_path: Path)
         theirs.to(dtype).save_pretrained(folder)  # the same values
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        changes = {"model": str(tmp_path / str(dtype)), "lora": replace(LORA, target_modules=["q_proj", "lm_head"])}
+        changes = {
+            "model": str(tmp_path / str(dtype)),
+            "lora": replace(LORA, target_modules=["q_proj", "lm_head"]),
+        }
         trainer, seen = run(place, tmp_path / f"out-{dtype}", learning_rate=1e-2, max_steps=4, **changes)
         assert trainer.plan.dtype == dtype
         found.append([m.loss for m in seen])

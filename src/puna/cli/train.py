@@ -94,7 +94,9 @@ def train(
     ] = None,
     optimizer_in_backward: Annotated[
         bool | None,
-        typer.Option("--optimizer-in-backward", help="Of full: hold the gradient of one parameter at a time."),
+        typer.Option(
+            "--optimizer-in-backward", help="Of full: hold the gradient of one parameter at a time."
+        ),
     ] = None,
     learning_rate: Annotated[
         str | None,

@@ -2,7 +2,7 @@
 
 The kernel reads bfloat16 and float16 weights as they lie and sums in float32, so results may differ from
 torch's in the last bit. It computes no gradients, and torch.compile cannot look into it: there torch's own
-is used, or, for float32 activations that are trained through, `frozen_linear`. So it is on processors that multiply bfloat16 themselves (AVX512-BF16, AMX) for more than a few
+is used. So it is on processors that multiply bfloat16 themselves (AVX512-BF16, AMX) for more than a few
 tokens: a choice by what torch does there, not by a measurement.
 """
 

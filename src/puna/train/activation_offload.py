@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from puna.errors import UnsupportedError
@@ -17,20 +17,21 @@ def require_offload(device: torch.device) -> None:
     """Raise UnsupportedError for a device that computes in the host's memory anyway."""
     if device.type == "cpu":
         raise UnsupportedError(
-            "activation_offloading moves what an accelerator keeps to the host: on the CPU it is there already"
+            "activation_offloading moves what an accelerator keeps to the host: on the CPU it is there "
+            "already"
         )
 
 
 def activation_offload(*, enabled: bool) -> AbstractContextManager[object]:
     """Within the block, move what a forward pass keeps to pinned host memory, and back when it is needed.
 
-    With gradient checkpointing that is the input of each layer. Parameters stay where they are.
+    With gradient checkpointing that is the input of each layer, and no weight of them.
     """
     return saved_tensors_hooks(_to_host, _to_device) if enabled else nullcontext()
 
 
 def _to_host(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    if isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu" or tensor.numel() < _SMALL:
+    if tensor.device.type == "cpu" or tensor.numel() < _SMALL:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=False)

@@ -83,7 +83,7 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def loss_and_gradient(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the summed cross entropy, and its gradient in the memory of `logits`, (rows, vocab) in float32."""
+    """Return the summed cross entropy, and its gradient in the memory of `logits`, (rows, vocab) float32."""
     loss = logits.new_zeros(())
     for start in range(0, len(logits), _ROWS_AT_ONCE):
         part, wanted = logits[start : start + _ROWS_AT_ONCE], targets[start : start + _ROWS_AT_ONCE, None]

@@ -76,8 +76,8 @@ def require_optimizer(config: TrainConfig, device: torch.device) -> None:
     if config.optim in BITSANDBYTES:
         if device.type != "cuda":
             raise UnsupportedError(
-                f"optim {config.optim!r} is bitsandbytes', which computes it on GPUs alone, and this trains on "
-                f"{device}: use adamw_torch_fused"
+                f"optim {config.optim!r} is bitsandbytes', which computes it on GPUs alone, and this trains "
+                f"on {device}: use adamw_torch_fused"
             )
         _bitsandbytes(config.optim)
 

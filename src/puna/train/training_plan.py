@@ -254,7 +254,8 @@ def require_rows_of(objective: Objective, rows: Sequence[Row]) -> None:
             raise ParameterError(f"{row.place}: objective {objective!r} needs pairs: chosen and rejected")
         if objective == "kto" and not is_pair and not has_label:
             raise ParameterError(
-                f"{row.place}: objective 'kto' needs answers with labels (prompt, completion, label), or pairs"
+                f"{row.place}: objective 'kto' needs answers with labels (prompt, completion, label), or "
+                "pairs"
             )
 
 

@@ -8,7 +8,6 @@ that it saves beside a packed weight. NF4 and double quantisation: arXiv 2305.14
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
