@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -122,7 +122,7 @@ def puna_step(job: dict[str, Any], ids: torch.Tensor) -> Any:
     from puna.train.packing import Batch
     from puna.weights.loader import open_checkpoint
 
-    method = "qlora" if job["kind"] == "puna-qlora" else "lora"
+    method: Literal["lora", "qlora"] = "qlora" if job["kind"] == "puna-qlora" else "lora"
     lora = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS[job["targets"]], task_type="CAUSAL_LM")
     config = TrainConfig(
         model=job["model"], data="none", output="none", method=method, lora=lora, device="cpu"
@@ -132,7 +132,7 @@ def puna_step(job: dict[str, Any], ids: torch.Tensor) -> Any:
     network = load_base(config, checkpoint, dtype=dtype, device=cpu).train()
     get_peft_model(network, lora)
     optimizer = make_optimizer(network, config)
-    pieces = [piece.tolist() for piece in ids.split(PIECE)]
+    pieces = [piece.tolist() for piece in torch.split(ids, PIECE)]
     batch = Batch.of([Example(place="", ids=p, trained=[False] + [True] * (len(p) - 1)) for p in pieces])
     contexts = ExitStack()
     contexts.enter_context(computing_in(network, choose_compute_dtype(config, checkpoint, dtype, cpu)))
@@ -163,7 +163,7 @@ def peft_step(job: dict[str, Any], ids: torch.Tensor) -> Any:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4, fused=True)
-    rows = torch.stack(ids.split(PIECE)) if len(ids) > PIECE else ids[None]
+    rows = torch.stack(torch.split(ids, PIECE)) if len(ids) > PIECE else ids[None]
 
     def step() -> float:
         loss: torch.Tensor = model(input_ids=rows, labels=rows, use_cache=False).loss

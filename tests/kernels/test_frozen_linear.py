@@ -34,7 +34,7 @@ def test_both_directions_are_those_of_the_float64_product(
     weight, x = draw(rows, 19).to(dtype), draw(2, 3, 19, seed=1).requires_grad_()
     out = frozen_linear(x, DenseRows(weight))
     grad = draw(2, 3, rows, seed=2)
-    out.backward(grad)
+    out.backward(grad)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, (grad.double() @ weight.double()).float(), rtol=1e-5, atol=1e-5)
 
@@ -46,7 +46,7 @@ def test_sixteen_bit_activations_are_rounded_once(monkeypatch: pytest.MonkeyPatc
     exact = x.double() @ weight.double().T
     assert out.dtype == torch.bfloat16
     assert ((out.double() - exact).abs() <= exact.abs() / 256 + 1e-4).all()
-    out.backward(out.detach())
+    out.backward(out.detach())  # type: ignore[no-untyped-call]
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
 
 
@@ -55,10 +55,10 @@ def test_a_linear_layer_takes_wide_activations() -> None:
     x = draw(4, 10, seed=1).requires_grad_()
     out = linear(x, weight, bias)
     torch.testing.assert_close(out, x @ weight.float().T + bias.float(), rtol=1e-5, atol=1e-5)
-    out.sum().backward()
+    out.sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(x.grad, weight.float().sum(0).expand(4, -1), rtol=1e-5, atol=1e-5)
     trained = weight.clone().requires_grad_()
-    linear(x.detach(), trained).sum().backward()
+    linear(x.detach(), trained).sum().backward()  # type: ignore[no-untyped-call]
     assert trained.grad is not None and trained.grad.dtype == torch.bfloat16
     torch.testing.assert_close(trained.grad.float()[0], x.detach().sum(0), rtol=1e-2, atol=1e-2)
 
@@ -130,5 +130,5 @@ def test_packed_blocks_of_gguf_files_flow_back() -> None:
     matrix = PackedMatrix(QuantTensor(rows, GGMLType.Q8_0))
     whole = dequantize(rows, GGMLType.Q8_0, torch.empty(48, 64))
     x, grad = draw(3, 64).requires_grad_(), draw(3, 48, seed=2)
-    matrix(x).backward(grad)
+    matrix(x).backward(grad)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(x.grad, grad @ whole, rtol=1e-5, atol=1e-4)

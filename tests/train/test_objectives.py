@@ -64,7 +64,7 @@ def plain_rows(batches: Sequence[Batch]) -> list[PlainRow]:
     for batch in batches:
         wanted = (batch.select + 1).tolist()
         borders = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
-        labels = batch.labels or [None] * len(borders)
+        labels: Sequence[bool | None] = batch.labels or [None] * len(borders)
         for (start, end), label in zip(borders, labels, strict=True):
             first = next(place for place in wanted if start <= place < end) - start
             rows.append(PlainRow(ids=batch.input_ids[start:end].tolist(), first=first, label=label))

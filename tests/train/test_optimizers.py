@@ -56,7 +56,7 @@ def test_lora_plus_groups_are_those_of_peft() -> None:
             continue
         rate, decay = expected[id(parameter)]
         # PEFT lets the weights of norms decay, where Transformers and Puna do not.
-        assert found[id(parameter)] == (pytest.approx(rate), 0.0 if parameter.ndim == 1 else decay), name
+        assert found[id(parameter)] == pytest.approx((rate, 0.0 if parameter.ndim == 1 else decay)), name
     assert sorted({rate for rate, _ in found.values()}) == pytest.approx([1e-6, 1e-3, 16e-3])
     set_rates(ours, 0.5)
     assert sorted({rate for rate, _ in settings_of(ours).values()}) == pytest.approx([5e-7, 5e-4, 8e-3])

@@ -187,7 +187,7 @@ def quantize_4bit(
     ordered, order = code.sort(stable=True)  # FP4 has two zeros: the second is for small positive values
     borders = (ordered[:-1] + ordered[1:]) / 2
     codes, found, scales = order.to(torch.uint8), [], []
-    for values in weight.detach().reshape(-1).split(_AT_ONCE):
+    for values in torch.split(weight.detach().reshape(-1), _AT_ONCE):
         absmax, scaled = _blocks(values, block_size)
         scaled = functional.pad(scaled, (0, scaled.numel() % 2))
         places = codes[torch.bucketize(scaled, borders, out_int32=True)]
