@@ -4,13 +4,15 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "binding_checks.h"
 #include "cpu_features.h"
 #include "dense_linear_driver.h"
-#include "four_bit.h"
+#include "four_bit_binding.h"
+#include "huge_pages.h"
+#include "layer_ops_binding.h"
 #include "paged_attention_driver.h"
 #include "quant_linear_driver.h"
 #include "quantize_driver.h"
@@ -28,31 +30,10 @@ using Rows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::c
 using RowsOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 BlockFormat require_format(int type) {
   const BlockFormat format = block_format(type);
   require(format.columns != 0, "no kernel for ggml type " + std::to_string(type));
   return format;
-}
-
-Dtype require_dtype(int code) {
-  require(code >= 0 && code <= 2, "no kernel for dtype code " + std::to_string(code));
-  return static_cast<Dtype>(code);
-}
-
-int require_threads(int threads) {
-  require(threads >= 1 && threads <= kMostThreads, "threads is " + std::to_string(threads));
-  static bool warned = false;  // guarded by the GIL
-  if (threads > 1 && threads_are_lost() && !warned) {
-    warned = true;
-    if (PyErr_WarnEx(PyExc_RuntimeWarning,
-                     "this process was forked after the kernels were used: they run on one thread", 1) < 0)
-      throw nb::python_error();
-  }
-  return usable_threads(threads);
 }
 
 // A matrix of quantised weights in tiles. It keeps the memory that it was made over.
@@ -104,11 +85,6 @@ class QuantMatrix {
   int type_;
   int64_t rows_, columns_, row_bytes_ = 0;
 };
-
-const void* require_address(uintptr_t address, int64_t alignment) {
-  require(address != 0 && address % static_cast<uintptr_t>(alignment) == 0, "a missing or crooked address");
-  return reinterpret_cast<const void*>(address);
-}
 
 // Tensors come as addresses, since taking one through DLPack costs as much as a small product. cpu.py vouches
 // for their dtype and layout; their sizes are checked here.
@@ -200,13 +176,15 @@ class PagedBatch {
 
   // cpu.py vouches for the dtypes and the layout of what the addresses point at, sizes are checked here.
   // q: (tokens, heads, head_dim), tokens `q_stride` elements apart; out the same without gaps. keys, values:
-  // (num_blocks, block_size, kv_heads, head_dim).
+  // (num_blocks, block_size, kv_heads, head_dim); key_scales, value_scales: float32 (num_blocks, block_size,
+  // kv_heads) for int8, else 0.
   void attend(uintptr_t q, int dtype, int64_t tokens, int64_t heads, int64_t head_dim, int64_t q_stride,
-              uintptr_t keys, uintptr_t values, int cache_dtype, int64_t kv_heads, int64_t cache_size,
+              uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
+              int cache_dtype, int64_t kv_heads, int64_t cache_size,
               uintptr_t out, double scale, int64_t chunk_size, int threads) const {
     threads = require_threads(threads);
     const Dtype type = require_dtype(dtype);
-    require(cache_dtype >= 0 && cache_dtype <= 3,
+    require(cache_dtype >= 0 && cache_dtype <= 4,
             "no kernel for cache dtype code " + std::to_string(cache_dtype));
     require(tokens == tokens_, std::to_string(tokens) + " tokens were given, the sequences have " +
                                    std::to_string(tokens_));
@@ -228,6 +206,10 @@ class PagedBatch {
     job.keys = static_cast<const uint8_t*>(require_address(keys, cache_bytes(kind)));
     job.values = static_cast<const uint8_t*>(require_address(values, cache_bytes(kind)));
     job.cache_type = kind;
+    if (kind == CacheType::i8) {
+      job.key_scales = static_cast<const float*>(require_address(key_scales, 4));
+      job.value_scales = static_cast<const float*>(require_address(value_scales, 4));
+    }
     job.block_size = block_size_;
     job.kv_heads = kv_heads;
     job.group = heads / kv_heads;
@@ -297,38 +279,6 @@ void quantize(uintptr_t x, int64_t groups, int64_t group_size, uintptr_t weights
   quantize_weights(job, threads);
 }
 
-// Write the values [first, first + count) of a weight in four bits. scales: of the blocks, or address 0; then
-// nested, nested_code (256) and nested_scales hold them. cpu.py vouches for dtypes and layouts.
-void write_four_bit(uintptr_t packed, int64_t num_bytes, uintptr_t code, int64_t block_size, uintptr_t scales,
-                    uintptr_t nested, int64_t num_blocks, uintptr_t nested_code, uintptr_t nested_scales,
-                    int64_t num_nested, double offset, int64_t first, int64_t count, uintptr_t out,
-                    int threads) {
-  threads = require_threads(threads);
-  require(block_size >= 2 && block_size % 2 == 0 && block_size <= (1 << 20), "an odd or huge block size");
-  require(first >= 0 && count >= 0 && first < (int64_t{1} << 48) && count < (int64_t{1} << 48) &&
-              first % block_size == 0,
-          "values are written from the beginning of a block on");
-  if (count == 0) return;
-  const int64_t stop = first + count, blocks = (stop + block_size - 1) / block_size;
-  require(num_bytes >= (stop + 1) / 2 && num_blocks >= blocks, "the weight ends before these values");
-  FourBitValues values{};
-  values.packed = static_cast<const uint8_t*>(require_address(packed, 1));
-  values.code = static_cast<const float*>(require_address(code, 4));
-  values.block_size = block_size;
-  if (scales != 0) {
-    values.scales = static_cast<const float*>(require_address(scales, 4));
-  } else {
-    require(num_nested >= (blocks + kNestedBlock - 1) / kNestedBlock, "too few nested scales");
-    values.nested = static_cast<const uint8_t*>(require_address(nested, 1));
-    values.nested_code = static_cast<const float*>(require_address(nested_code, 4));
-    values.nested_scales = static_cast<const float*>(require_address(nested_scales, 4));
-    values.offset = static_cast<float>(offset);
-  }
-  float* to = static_cast<float*>(const_cast<void*>(require_address(out, 4)));
-  nb::gil_scoped_release released;
-  dequantize_four_bit(values, first, count, to, threads);
-}
-
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
   for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
@@ -345,6 +295,9 @@ NB_MODULE(_cpu, m) {
       "chosen", [] { return std::string(kernels().name); }, "Return the name of the instruction set in use.");
   m.def("choose", &choose_kernels, "name"_a, "Use another instruction set from now on.");
   m.def("threads_are_lost", &threads_are_lost, "Say whether a fork left the threads of this one behind.");
+  m.def(
+      "advise_huge_pages", [](Bytes memory) { advise_huge_pages(memory.data(), memory.size()); },
+      "memory"_a.noconvert(), "Ask for huge pages under memory that was not written to yet.");
   // noconvert: a tensor of another dtype or layout would be copied, and what is written to the copy be lost.
   nb::class_<QuantMatrix>(m, "QuantMatrix")
       .def(nb::init<Bytes, int, int64_t, int64_t>(), "tiles"_a.noconvert(), "type"_a, "rows"_a, "columns"_a)
@@ -354,9 +307,6 @@ NB_MODULE(_cpu, m) {
         "out_sizes"_a, "threads"_a);
   m.def("dense_linear", &linear_dense, "x"_a, "dtype"_a, "tokens"_a, "columns"_a, "stride"_a,
         "weight_dtype"_a, "weights"_a, "weight_sizes"_a, "outs"_a, "out_sizes"_a, "threads"_a);
-  m.def("dequantize_4bit", &write_four_bit, "packed"_a, "num_bytes"_a, "code"_a, "block_size"_a, "scales"_a,
-        "nested"_a, "num_blocks"_a, "nested_code"_a, "nested_scales"_a, "num_nested"_a, "offset"_a, "first"_a,
-        "count"_a, "out"_a, "threads"_a);
   m.def("quantize", &quantize, "x"_a, "groups"_a, "group_size"_a, "weights"_a, "weight_groups"_a, "affine"_a,
         "free_minimum"_a, "low"_a, "high"_a, "level_table"_a, "trials"_a, "block_groups"_a, "scale_low"_a,
         "scale_high"_a, "d"_a, "dmin"_a, "scales"_a, "minima"_a, "levels"_a, "threads"_a);
@@ -364,6 +314,8 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<Table, Indices, Indices, int64_t, int64_t>(), "block_tables"_a.noconvert(),
            "starts"_a.noconvert(), "counts"_a.noconvert(), "num_blocks"_a, "block_size"_a)
       .def("attend", &PagedBatch::attend, "q"_a, "dtype"_a, "tokens"_a, "heads"_a, "head_dim"_a, "q_stride"_a,
-           "keys"_a, "values"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
+           "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
            "chunk_size"_a, "threads"_a);
+  bind_layer_ops(m);
+  bind_four_bit(m);
 }

@@ -158,10 +158,14 @@ PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block
   return total;
 }
 
+// Blocks are read in an order that no prefetcher guesses.
+constexpr int kLine = 64, kAhead = 4096;
+
 template <class T>
 F one_token(const uint8_t* tile, const Group& x, int64_t blocks) {
   F total = Simd::zero_f();
   for (int64_t block = 0; block < blocks; ++block) {
+    for (int at = 0; at < Traits<T>::kTileBytes; at += kLine) __builtin_prefetch(tile + kAhead + at);
     static_for<T::kPhases>(
         [&](auto phase) PUNA_INLINE_LAMBDA { total = one_token_phase<T, phase>(tile, x, block, total); });
     tile += Traits<T>::kTileBytes;
@@ -220,9 +224,6 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
     const int8_t* values = x.values + from * T::kSub * count;
     const int64_t at = from * count, at_32 = from * T::kSub / 32 * count;
     Simd::I whole[count];
-    static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
-      whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
-    });
     static_for<(C::kGroups + kStep - 1) / kStep>([&](auto run) PUNA_INLINE_LAMBDA {
       constexpr int begin = run * kStep, end = begin + kStep < C::kGroups ? begin + kStep : C::kGroups;
       Simd::P partial[count];
@@ -233,8 +234,10 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
           partial[t] = multiply<T>(partial[t], w, Simd::broadcast(values + 4 * (count * (begin + i) + t)));
         });
       });
-      static_for<count>([&](auto t)
-                            PUNA_INLINE_LAMBDA { whole[t] = Simd::add_partial(whole[t], partial[t]); });
+      static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
+        if constexpr (run == 0) whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
+        whole[t] = Simd::add_partial(whole[t], partial[t]);
+      });
     });
     const F scale = Simd::load_f(panel.scales + 16 * sub);
     static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
