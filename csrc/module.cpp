@@ -10,6 +10,7 @@
 #include "binding_checks.h"
 #include "cpu_features.h"
 #include "dense_linear_driver.h"
+#include "four_bit_binding.h"
 #include "huge_pages.h"
 #include "layer_ops_binding.h"
 #include "paged_attention_driver.h"
@@ -316,4 +317,5 @@ NB_MODULE(_cpu, m) {
            "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a, "cache_dtype"_a, "kv_heads"_a, "cache_size"_a, "out"_a, "scale"_a,
            "chunk_size"_a, "threads"_a);
   bind_layer_ops(m);
+  bind_four_bit(m);
 }

@@ -74,7 +74,8 @@ def test_a_training_from_a_file_and_flags(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"neftune_noise_alpha": 5}, UnsupportedError, "neftune_noise_alpha is not supported"),
+        ({"loss_type": "hinge"}, UnsupportedError, "loss_type is not supported"),
+        ({"optim": "adamw_8bit", "device": "cpu"}, UnsupportedError, "optim 'adamw_8bit' is bitsandbytes'"),
         ({"learning_rat": 5}, ParameterError, "no setting 'learning_rat': did you mean 'learning_rate'?"),
         ({"learning_rate": "fast"}, ParameterError, "learning_rate must be"),
         ({"max_steps": True}, ParameterError, "True is given where"),

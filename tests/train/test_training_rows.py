@@ -82,7 +82,7 @@ def test_sharegpt() -> None:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
+        ({"messages": [], "kto_tag": True}, "give prompt, completion and label"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "reward"),
     ],
 )

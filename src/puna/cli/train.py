@@ -32,8 +32,14 @@ def train(
     data: Annotated[list[str] | None, _option("A .jsonl, .json, .csv or .parquet file, or OWNER/NAME[@CONFIG][:SPLIT]; repeatable.", "FILE")] = None,
     output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
     method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
-    objective: Annotated[str | None, _option("sft (default), or dpo on pairs of answers.", "NAME")] = None,
-    beta: Annotated[float | None, _option("Of dpo: what moving away from the model costs [0.1].")] = None,
+    objective: Annotated[
+        str | None, _option("sft (default), dpo or orpo on pairs of answers, kto on labelled ones.", "NAME")
+    ] = None,
+    beta: Annotated[
+        float | None, _option("Of dpo and kto: the cost of moving away; of orpo: the odds' weight [0.1].")
+    ] = None,
+    desirable_weight: Annotated[float | None, _option("Of kto: what desirable answers count [1].")] = None,
+    undesirable_weight: Annotated[float | None, _option("Of kto: what the others count [1].")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
@@ -51,7 +57,7 @@ def train(
         list[str] | None, _option("Modules that get one [all-linear]; repeatable.", "NAME")
     ] = None,
     data_format: Annotated[
-        str | None, _option("messages, prompt-completion, text, alpaca or sharegpt [seen from keys].", "KIND")
+        str | None, _option("messages, prompt-completion, preference, ... [seen from keys].", "KIND")
     ] = None,
     chat_format: Annotated[str | None, _option("A built-in chat format [the model's own].", "NAME")] = None,
     max_length: Annotated[int | None, _option("Most tokens of a row, and of a pack of rows [1024].")] = None,
@@ -88,7 +94,30 @@ def train(
             "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time [yes]."
         ),
     ] = None,
-    learning_rate: Annotated[float | None, _option("At its highest [2e-4; 2e-5 for full].", "RATE")] = None,
+    activation_offloading: Annotated[
+        bool | None,
+        typer.Option("--activation-offloading", help="Keep layers' inputs in the memory of the host."),
+    ] = None,
+    neftune_noise_alpha: Annotated[float | None, _option("Noise on embeddings, such as 5 [0].")] = None,
+    label_smoothing_factor: Annotated[
+        float | None, _option("Share of a target that goes to all tokens [0].", "P")
+    ] = None,
+    optim: Annotated[
+        str | None, _option("adamw_torch_fused (default), adamw_torch, adamw_8bit, ...", "NAME")
+    ] = None,
+    optimizer_in_backward: Annotated[
+        bool | None,
+        typer.Option(
+            "--optimizer-in-backward", help="Of full: hold the gradient of one parameter at a time."
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        str | None,
+        _option("At its highest, or auto [2e-4; 2e-5 for full].", "RATE", "--learning-rate", "--lr"),
+    ] = None,
+    loraplus_lr_ratio: Annotated[
+        float | None, _option("How many times as fast the B matrices of adapters learn [1].")
+    ] = None,
     lr_scheduler_type: Annotated[
         str | None, _option("linear (default), cosine, constant, constant_with_warmup, ...", "NAME")
     ] = None,
@@ -155,7 +184,7 @@ def plan_lines(plan: TrainingPlan, *, with_time: bool = False) -> list[str]:
     share = 100 * plan.trained_parameters / plan.parameters
     rank = "" if config.method == "full" else f", rank {config.lora.r}, alpha {config.lora.lora_alpha:g}"
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    capacity = config.max_length * (2 if config.objective == "dpo" else 1)
+    capacity = config.max_length * (2 if config.objective in ("dpo", "orpo") else 1)
     full = 100 * plan.num_tokens / (len(plan.packs) * capacity)
     unit = "packs" if config.packing else "rows"
     rows = {

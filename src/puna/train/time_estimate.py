@@ -20,6 +20,7 @@ from puna.model.lora_config import LoraConfig
 from puna.peft_model import get_peft_model
 from puna.train.base_model import gradient_checkpointing, is_packed
 from puna.train.losses import CHUNK_ROWS, chunked_cross_entropy
+from puna.train.methods import compares
 from puna.train.packing import Batch
 from puna.train.training_plan import TrainingPlan
 from puna.weights.nf4 import swap_in_4bit
@@ -55,7 +56,7 @@ def estimate_seconds(plan: TrainingPlan) -> float | None:
     share = plan.total_steps / plan.steps_per_epoch
     tokens, trained = share * plan.num_tokens, share * plan.num_trained
     seconds = tokens * pace.both_ways + trained * pace.head + plan.total_steps * pace.optimizer_step
-    if plan.config.objective != "sft":  # the reference is computed too, without gradients
+    if compares(plan.config.objective):  # the reference is computed too, without gradients
         seconds += tokens * pace.forward + trained * pace.head / 3
     interval = plan.config.eval_interval
     evaluations = plan.total_steps // interval if interval else 1
@@ -68,7 +69,7 @@ def measure_pace(plan: TrainingPlan) -> Pace:
     model = plan.checkpoint.config
     network = _small_network(plan)
     batch = _some_batch(plan)
-    hidden = torch.full((batch.num_tokens, model.hidden_size), 0.01, dtype=plan.dtype, device=plan.device)
+    hidden = torch.full((batch.num_tokens, model.hidden_size), 0.01, dtype=plan.compute_dtype, device=plan.device)
     rope = network.model.rope(batch.positions, None)
 
     def through(x: Tensor) -> Tensor:

@@ -18,12 +18,10 @@ from typing import Any, Literal, get_args
 from puna.errors import ConfigError, MissingExtraError, ModelNotFoundError, ParameterError, UnsupportedError
 from puna.model.lora_config import LoraConfig
 from puna.train.encoding import Overlong
+from puna.train.methods import Method, Objective, OptimizerName, check_methods, default_learning_rate
 from puna.train.report_to import ReportTo
 from puna.train.rows import FORMATS, DataFormat
 from puna.train.schedules import SCHEDULES
-
-Method = Literal["full", "lora", "qlora"]
-Objective = Literal["sft", "dpo"]
 
 DEFAULT_LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -34,14 +32,15 @@ _OTHER_NAMES = {
     "output_dir": "output",
     "train_file": "data",
     "adapter": "method",
+    "lr": "learning_rate",
+    "optimizer_in_bwd": "optimizer_in_backward",
 }
 # Names of other trainers, for things that are not there.
 _UNSUPPORTED = frozenset(
     """
-    activation_offloading assistant_only_loss auto_find_batch_size completion_only_loss dataset_name
+    assistant_only_loss auto_find_batch_size completion_only_loss dataset_name
     deepspeed eval_packing eval_strategy fp16 fsdp group_by_length
-    label_smoothing_factor loraplus_lr_ratio loss_type neftune_noise_alpha optim
-    packing_strategy pad_token per_device_eval_batch_size push_to_hub torch_compile
+    loss_type packing_strategy pad_token per_device_eval_batch_size push_to_hub torch_compile
     train_sampling_strategy use_liger_kernel
     """.split()  # noqa: SIM905
 )
@@ -61,8 +60,10 @@ class TrainConfig:
     output: str
     method: Method = "lora"
     lora: LoraConfig = field(default_factory=lambda: DEFAULT_LORA)  # not for method "full"
-    objective: Objective = "sft"  # dpo: learn to prefer the chosen answer of each pair
-    beta: float = 0.1  # of dpo: how dear it is to move away from the base model
+    objective: Objective = "sft"  # dpo, orpo: learn from pairs of answers; kto: from answers with labels
+    beta: float = 0.1  # of dpo and kto: how dear moving away from the base is; of orpo: the odds' weight
+    desirable_weight: float = 1.0  # of kto
+    undesirable_weight: float = 1.0
     merge: bool = False  # also write the model with the adapter in its weights, OUTPUT/merged
     # data
     data_format: DataFormat | None = None  # None: seen from each row's keys
@@ -88,9 +89,16 @@ class TrainConfig:
     per_device_train_batch_size: int = 1  # rows, or packs of rows, computed at once
     gradient_accumulation_steps: int = 8
     gradient_checkpointing: bool = True
+    activation_offloading: bool = False  # keep the inputs of layers in the host's memory
+    neftune_noise_alpha: float | None = None  # noise on embeddings
+    label_smoothing_factor: float = 0.0
     seed: int = 42
     # optimiser: AdamW
-    learning_rate: float | None = None  # None: 2e-5 for method "full", 2e-4 for adapters, 5e-6 for dpo
+    optim: OptimizerName = "adamw_torch_fused"
+    optimizer_in_backward: bool = False  # of method full: move a parameter once its gradient is there
+    learning_rate: float | Literal["auto"] | None = None  # None: see `default_learning_rate`
+    loraplus_lr_ratio: float | None = None  # how much faster the B matrices of adapters learn
+    loraplus_lr_embedding: float = 1e-6  # of adapters of embeddings, where there is a ratio
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0  # below 1 a share of all steps
@@ -117,6 +125,7 @@ class TrainConfig:
             "overlong": get_args(Overlong),
             "data_format": (None, *FORMATS),
             "dtype": _DTYPES,
+            "optim": get_args(OptimizerName),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -128,10 +137,6 @@ class TrainConfig:
             )
         if self.chat_format is not None and self.chat_template is not None:
             raise ParameterError("chat_format and chat_template: give one of them")
-        if self.objective == "dpo" and self.method == "full":
-            raise UnsupportedError(
-                "objective 'dpo' needs method lora or qlora: the base is what it compares with"
-            )
         if self.merge and self.method == "full":
             raise ParameterError("merge is for adapters: method 'full' writes a whole model anyway")
         if not _is_number(self.eval_split) or not 0 <= self.eval_split < 1:
@@ -141,6 +146,7 @@ class TrainConfig:
         if self.load_best_model_at_end and not self.evaluates:
             raise ParameterError("load_best_model_at_end needs eval_data or eval_split")
         self._check_numbers()
+        check_methods(self)
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:
@@ -184,15 +190,26 @@ class TrainConfig:
             "num_train_epochs",
             "adam_epsilon",
             "beta",
-            *(["learning_rate"] if self.learning_rate else []),
+            "desirable_weight",
+            "undesirable_weight",
+            "loraplus_lr_embedding",
+            *(["loraplus_lr_ratio"] if self.loraplus_lr_ratio is not None else []),
         ):
             if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ParameterError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "neftune_noise_alpha",
+        ):
             value = getattr(self, name)
-            if value is not None and (not _is_number(value) or value < 0):
+            if value is None or (name == "learning_rate" and value == "auto"):
+                continue
+            if not _is_number(value) or value < 0:
                 raise ParameterError(f"{name} must be a number of at least 0, got {value!r}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
@@ -212,12 +229,16 @@ class TrainConfig:
 
     @property
     def rate(self) -> float:
-        """Return the learning rate at its highest."""
-        if self.learning_rate is None and self.objective == "dpo":
-            return 5e-6
+        """Return the learning rate at its highest; "auto" becomes a number in the plan."""
+        assert self.learning_rate != "auto"
         if self.learning_rate is None:
-            return 2e-5 if self.method == "full" else 2e-4
+            return default_learning_rate(self.method, self.objective)
         return self.learning_rate
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Return what a setting is where it is not given."""
+        return next(f.default for f in fields(cls) if f.name == name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
