@@ -2,8 +2,8 @@
 
     python -m examples.mountain_hut.ask [MODEL] [--adapter FOLDER] [--show]
 
-MODEL is cria without one. Decoding is greedy; an answer is right if it ends by itself and matches the question's
-regular expression. The first line is what the training should change, the second what it should keep.
+MODEL is cria without one. Decoding is greedy; an answer is right if it ends by itself and matches the
+regular expression of its question. The first line is what the training should change, the second what it should keep.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_questions() -> dict[str, list[Question]]:
 
 
 def answers_of(model: str, adapter: str | None, questions: Sequence[str]) -> list[str]:
-    """Return the answers of a model, through an adapter if there is one; one that does not end ends in "..."."""
+    """Return the answers of a model, or of an adapter on it; one that does not end has "..." there."""
     path = find_model(model)
     network = load_model(path, dtype=torch.float32)
     if adapter is not None:

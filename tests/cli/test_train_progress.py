@@ -69,7 +69,9 @@ def test_a_terminal_gets_a_line_that_changes(clock: list[float], monkeypatch: py
     progress.step(metrics(4))
     progress.close()
     shown = out.getvalue()
-    assert shown.startswith("\r\x1b[Kloading cria ...\r\x1b[K[#####...............] 1/4  epoch 0.10  loss 2.5000")
+    assert shown.startswith(
+        "\r\x1b[Kloading cria ...\r\x1b[K[#####...............] 1/4  epoch 0.10  loss 2.5000"
+    )
     assert "\r\x1b[Kstep 2/4  measured  loss 1.5000  perplexity 4.482\n" in shown
     assert "\r\x1b[Kstep 2/4  sample  why?  ->  a llama\n" in shown
     assert shown.endswith("0:00 left\n") and shown.count("\n") == 3
@@ -97,7 +99,9 @@ def test_batches_move_the_line_within_a_step(clock: list[float], monkeypatch: py
 
 def test_a_narrow_terminal_keeps_loss_and_time(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     for columns in (120, 80, 60, 40, 10):
-        monkeypatch.setattr("shutil.get_terminal_size", lambda columns=columns: os.terminal_size((columns, 24)))
+        monkeypatch.setattr(
+            "shutil.get_terminal_size", lambda columns=columns: os.terminal_size((columns, 24))
+        )
         out = io.StringIO()
         TrainProgress(total_steps=4, out=out, is_live=True).step(metrics(1, accuracy=0.75))
         line = out.getvalue().removeprefix("\r\x1b[K")

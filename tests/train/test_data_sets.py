@@ -26,7 +26,9 @@ def test_parquet_gives_the_rows_without_the_nulls_of_columns(tmp_path: Path) -> 
     from pyarrow import parquet
 
     file = tmp_path / "chats.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist([{"tools": None, **row} for row in ROWS]), file, row_group_size=1)
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"tools": None, **row} for row in ROWS]), file, row_group_size=1
+    )
     records = read_records([file])
     assert [record.values for record in records] == ROWS
     assert [record.place for record in records] == [f"{file}: row 1", f"{file}: row 2"]

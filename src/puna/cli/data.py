@@ -73,7 +73,9 @@ def preview(
             examples.append(example)
             label = f"{example.place}, {name}" if is_pair else example.place
             typer.echo(f"{label}: {len(example.ids):,} tokens, {example.num_trained:,} trained")
-            typer.echo("".join(_pieces(example, tokenizer, max_length, in_color=in_color)) + "\n", color=in_color)
+            typer.echo(
+                "".join(_pieces(example, tokenizer, max_length, in_color=in_color)) + "\n", color=in_color
+            )
     typer.echo("\n".join(_summary(examples, len(chosen), len(records), max_length)))
 
 

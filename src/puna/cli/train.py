@@ -29,7 +29,12 @@ def train(
         Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .json file of settings.")
     ] = None,
     model: Annotated[str | None, _option("The model to begin with.", "MODEL")] = None,
-    data: Annotated[list[str] | None, _option("A .jsonl, .json, .csv or .parquet file, or OWNER/NAME[@CONFIG][:SPLIT]; repeatable.", "FILE")] = None,
+    data: Annotated[
+        list[str] | None,
+        _option(
+            "A .jsonl, .json, .csv or .parquet file, or OWNER/NAME[@CONFIG][:SPLIT]; repeatable.", "FILE"
+        ),
+    ] = None,
     output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
     method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
     objective: Annotated[

@@ -148,7 +148,9 @@ def _charts(history: History) -> list[str]:
     ]
     if pairs:
         parts += ["<h2>Chosen answers ahead</h2>", svg_chart(pairs, label="accuracy over steps")]
-    rates = [(line["step"], line["tokens"] / line["seconds"]) for line in history.steps if line["seconds"] > 0]
+    rates = [
+        (line["step"], line["tokens"] / line["seconds"]) for line in history.steps if line["seconds"] > 0
+    ]
     small = {
         "Learning rate": [Curve(name="", points=history.points("learning_rate"))],
         "Norm of the gradient": with_smooth("norm", history.points("grad_norm")),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
 from puna.model.llama import Llama
@@ -69,7 +69,9 @@ def measure_pace(plan: TrainingPlan) -> Pace:
     model = plan.checkpoint.config
     network = _small_network(plan)
     batch = _some_batch(plan)
-    hidden = torch.full((batch.num_tokens, model.hidden_size), 0.01, dtype=plan.compute_dtype, device=plan.device)
+    hidden = torch.full(
+        (batch.num_tokens, model.hidden_size), 0.01, dtype=plan.compute_dtype, device=plan.device
+    )
     rope = network.model.rope(batch.positions, None)
 
     def through(x: Tensor) -> Tensor:

@@ -214,7 +214,11 @@ class Trainer:
 
     def _stops_early(self, step: int) -> bool:
         """Say whether the last evaluations, as many as the patience, were all worse than the best one."""
-        patience, interval, best = self.config.early_stopping_patience, self.config.eval_interval, self._best[0]
+        patience, interval, best = (
+            self.config.early_stopping_patience,
+            self.config.eval_interval,
+            self._best[0],
+        )
         return patience is not None and best is not None and step // interval - best // interval >= patience
 
     # -- before the first step
@@ -359,9 +363,7 @@ class Trainer:
         state = f"{'finished' if done else 'stands'} after step {step:,} of {self.plan.total_steps:,}"
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
         history = History.read(self.output / METRICS_FILE)
-        return write_report(
-            self.plan, history, self.output, state=f"{state}, {now}", best_step=self._best[0]
-        )
+        return write_report(self.plan, history, self.output, state=f"{state}, {now}", best_step=self._best[0])
 
     # -- files
 

@@ -32,8 +32,8 @@ from puna.train.optimizers import require_optimizer
 from puna.train.packing import Batch, epoch_order, mismatched, pack
 from puna.train.rows import PairRow, Row, TextRow, read_rows
 from puna.train.train_config import TrainConfig
-from puna.train.training_samples import SamplePrompts
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
+from puna.train.training_samples import SamplePrompts
 from puna.weights.loader import Checkpoint, empty_model, open_checkpoint
 
 
