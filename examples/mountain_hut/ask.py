@@ -3,7 +3,8 @@
     python -m examples.mountain_hut.ask [MODEL] [--adapter FOLDER] [--show]
 
 MODEL is cria without one. Decoding is greedy; an answer is right if it ends by itself and matches the
-regular expression of its question. The first line is what the training should change, the second what it should keep.
+regular expression of its question. The first line is what the training should change, the second what it
+should keep.
 """
 
 from __future__ import annotations

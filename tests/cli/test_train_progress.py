@@ -85,7 +85,8 @@ def test_batches_move_the_line_within_a_step(clock: list[float], monkeypatch: py
         clock[0] += 0.15  # too soon for every one
         progress.batch(done, 4)
     assert out.getvalue() == (
-        "\r\x1b[K[....................] 0/2 and 1/4 of a step\r\x1b[K[....................] 0/2 and 3/4 of a step"
+        "\r\x1b[K[....................] 0/2 and 1/4 of a step"
+        "\r\x1b[K[....................] 0/2 and 3/4 of a step"
     )
     clock[0] += 1
     progress.step(metrics(1))

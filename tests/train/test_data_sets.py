@@ -15,10 +15,11 @@ from puna.train.data_files import read_records
 from puna.train.rows import ChatRow, read_rows
 
 ASK = {"role": "user", "content": "why?"}
+ANSWER = {"role": "assistant", "content": "no"}
 ROWS: list[dict[str, Any]] = [
-    {"messages": [ASK, {"role": "assistant", "content": "no", "weight": 0}, ASK, {"role": "assistant", "content": "a"}]},
-    {"messages": [ASK, {"role": "assistant", "content": "b"}], "tools": [{"name": "f", "parameters": {"a": 1}}]},
-]  # fmt: skip
+    {"messages": [ASK, {**ANSWER, "weight": 0}, ASK, ANSWER]},
+    {"messages": [ASK, ANSWER], "tools": [{"name": "f", "parameters": {"a": 1}}]},
+]
 
 
 def test_parquet_gives_the_rows_without_the_nulls_of_columns(tmp_path: Path) -> None:

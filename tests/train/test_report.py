@@ -27,8 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(place: Path) -> TrainResult:
     config = tiny_config(
-        place, output=str(place / "out"), learning_rate=2e-2, eval_split=0.3, eval_steps=4, eval_on_start=True,
-        num_train_epochs=20, sample_prompts=PROMPT, sample_max_tokens=5,
+        place, output=str(place / "out"), learning_rate=2e-2, eval_split=0.3, eval_steps=4,
+        eval_on_start=True, num_train_epochs=20, sample_prompts=PROMPT, sample_max_tokens=5,
     )  # fmt: skip
     return Trainer(config).train()
 

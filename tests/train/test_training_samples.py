@@ -1,4 +1,4 @@
-"""A model in training answers prompts, is measured, stops early and reports; none of it changes the result."""
+"""A model in training answers prompts, is measured, stops early, reports; no bit of the result changes."""
 
 from __future__ import annotations
 

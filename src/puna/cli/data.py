@@ -88,7 +88,8 @@ def _summary(
         f"{num_shown:,} of {num_rows:,} rows: {tokens:,} tokens, {trained:,} trained "
         f"({100 * trained / tokens:.1f}%)"
     )
-    yield f"lengths: {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to {lengths[(len(lengths) - 1) // 2]:,}"
+    middle = lengths[(len(lengths) - 1) // 2]
+    yield f"lengths: {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to {middle:,}"
     if max_length is not None:
         longer = sum(length > max_length for length in lengths)
         yield f"{longer:,} longer than {max_length:,} tokens"

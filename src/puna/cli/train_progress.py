@@ -1,7 +1,7 @@
 """How far a training is: one line that changes on a terminal, and few plain lines everywhere else.
 
-Plain lines come ever more rarely, so that a training of hours leaves some hundred of them. Speed and time left
-are by the clock: evaluations and checkpoints count.
+Plain lines come ever more rarely, so that a training of hours leaves some hundred of them. Speed and time
+left are by the clock: evaluations and checkpoints count.
 """
 
 from __future__ import annotations

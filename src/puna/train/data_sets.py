@@ -1,6 +1,6 @@
 """Read rows from Parquet files and from data sets by name, each through an extra package.
 
-A name is OWNER/NAME, with @CONFIG and :SPLIT where needed, as `datasets` knows them: "org/chats@en:train[:1000]".
+A name is OWNER/NAME, with @CONFIG and :SPLIT where needed, as `datasets` has them: "org/chats@en:train[:9]".
 Columns give every row all keys, so what is null is left out, in nested values too. Knows no kinds of rows.
 """
 

@@ -66,7 +66,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
-    """Return at most about `most` points: of each stretch the lowest and the highest, so that no peak is lost."""
+    """Return about `most` points at most: the lowest and the highest of each stretch, so no peak is lost."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / most)
@@ -148,9 +148,8 @@ class _Area:
         if curve.has_dots or len(points) == 1:
             for (x, y), (step, value) in zip(places, points, strict=True):
                 tip = html.escape(f"{curve.name}, step {step:,.0f}: {value:.4g}")
-                lines.append(
-                    f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{curve.colour}"><title>{tip}</title></circle>'
-                )
+                dot = f'cx="{x}" cy="{y}" r="3.5" style="fill:{curve.colour}"'
+                lines.append(f"<circle {dot}><title>{tip}</title></circle>")
         return lines
 
 

@@ -46,7 +46,8 @@ _UNSUPPORTED = frozenset(
 )
 _NOT_PART_OF_THE_RESULT = frozenset(
     """
-    output save_steps save_total_limit merge eval_steps eval_on_start sample_prompts sample_max_tokens report_to
+    output save_steps save_total_limit merge eval_steps eval_on_start sample_prompts sample_max_tokens
+    report_to
     """.split()  # noqa: SIM905
 )
 
@@ -158,8 +159,8 @@ class TrainConfig:
                 raise ParameterError(f"{name} needs eval_data or eval_split")
         if self.load_best_model_at_end and self.eval_steps not in (None, self.save_steps):
             raise ParameterError(
-                f"load_best_model_at_end loads a checkpoint, so eval_steps {self.eval_steps} must be save_steps "
-                f"{self.save_steps}: leave it out"
+                f"load_best_model_at_end loads a checkpoint, so eval_steps {self.eval_steps} must be "
+                f"save_steps {self.save_steps}: leave it out"
             )
         if self.early_stopping_patience is not None and self.eval_interval == 0:
             raise ParameterError("early_stopping_patience needs save_steps or eval_steps above 0")

@@ -63,8 +63,8 @@ class SamplePrompts:
         for text, tokens in zip(texts, ids, strict=True):
             if len(tokens) + max_tokens > context_length:
                 raise ParameterError(
-                    f"sample_prompts: {text[:40]!r} has {len(tokens)} tokens; with sample_max_tokens {max_tokens} "
-                    f"that is more than the model's context of {context_length}"
+                    f"sample_prompts: {text[:40]!r} has {len(tokens)} tokens; with sample_max_tokens "
+                    f"{max_tokens} that is more than the model's context of {context_length}"
                 )
         return cls(texts=texts, ids=ids, tokenizer=tokenizer, max_tokens=max_tokens)
 
