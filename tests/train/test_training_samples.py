@@ -74,7 +74,7 @@ def test_prompts_of_texts_are_gone_on_with(place: Path, tmp_path: Path) -> None:
     seen: list[SampleMetrics] = []
     config = tiny_config(
         place, output=str(tmp_path / "out"), data=str(data), sample_prompts="hello", sample_max_tokens=8,
-        lora=LORA, learning_rate=5e-2, max_steps=30, lr_scheduler_type="constant",
+        lora=replace(LORA, lora_dropout=0.0), learning_rate=2e-2, max_steps=40,
     )  # fmt: skip
     Trainer(config, on_sample=seen.append).train()
     assert [sample.answer for sample in seen[-1].samples] == [" llama why"]
