@@ -109,6 +109,20 @@ def test_adapters_in_checkpoints_are_those_of_peft(place: Path, tmp_path: Path) 
     assert_same_bits(weights(folder), weights(tmp_path))
 
 
+def test_the_same_object_goes_on_after_ctrl_c(place: Path, tmp_path: Path) -> None:
+    config = config_in(place, tmp_path / "a")
+    Trainer(config).train()
+    stopped = Trainer(replace(config, output=str(tmp_path / "b")))
+    stop_after(stopped, 3)
+    assert not stopped.train().is_finished
+    seen: list[StepMetrics] = []
+    stopped.on_step = seen.append
+    assert stopped.train(resume=True).is_finished and seen[0].step == 4
+    assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
+    with pytest.raises(ParameterError, match="holds a training: resume it"):
+        stopped.train()
+
+
 @pytest.mark.slow
 def test_a_killed_process_can_be_gone_on_from(place: Path, tmp_path: Path) -> None:
     """Kill it at moments that differ from run to run, until it ends by itself."""

@@ -139,14 +139,10 @@ class Trainer:
         self.on_step, self.on_eval, self.on_sample = on_step, on_eval, on_sample
         self.on_batch = on_batch  # is given how many batches of the step are done, of how many
         self._logs: list[Log] = []
-        self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
-        before = None if self.checkpoint is None else read_state(self.checkpoint)
-        began = datetime.date.today() if before is None else before.config.date
+        self._look_for_checkpoint()
+        began = datetime.date.today() if self.before is None else self.before.config.date
         self.plan: TrainingPlan = make_plan(config, today=began)
         self.config = self.plan.config
-        self.before = before
-        self._best: tuple[int | None, float | None]
-        self._best = (None, None) if before is None else (before.best_step, before.best_loss)
 
     def train(self, *, resume: bool = False, force: bool = False) -> TrainResult:
         """Do all steps and write the result into the output folder.
@@ -155,6 +151,7 @@ class Trainer:
         `force` goes on although settings or data have changed, and begins although memory seems too small.
         Raises ParameterError where the folder holds another training, or the loss is not finite.
         """
+        self._look_for_checkpoint()  # there may be one by now: of this object, before Ctrl-C
         self._require_place(resume=resume, force=force)
         if not force:
             self.plan.require_memory()
@@ -223,6 +220,13 @@ class Trainer:
 
     # -- before the first step
 
+    def _look_for_checkpoint(self) -> None:
+        self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
+        before = None if self.checkpoint is None else read_state(self.checkpoint)
+        self.before = before
+        self._best: tuple[int | None, float | None]
+        self._best = (None, None) if before is None else (before.best_step, before.best_loss)
+
     def _require_place(self, *, resume: bool, force: bool) -> None:
         remove_leftovers(self.output)
         if self.checkpoint is None or self.before is None:
@@ -275,8 +279,8 @@ class Trainer:
         """Compute the gradients of a step's batches and move the parameters once."""
         began = time.perf_counter()
         batches = self.plan.micro_batches(step)
-        rate = self.config.rate * run.schedule(step)
-        set_rates(run.optimizer, run.schedule(step))
+        share_of_rate = run.schedule(step)
+        set_rates(run.optimizer, share_of_rate)
         totals = step_totals(run.model, self.config, batches, self.plan.mismatched_batches(step))
         loss, shares = 0.0, []
         for number, batch in enumerate(batches, start=1):
@@ -294,7 +298,7 @@ class Trainer:
             step=step + 1,
             epoch=round((step + 1) / self.plan.steps_per_epoch, 4),
             loss=loss,
-            learning_rate=rate,
+            learning_rate=self.config.rate * share_of_rate,
             grad_norm=norm,
             tokens=sum(batch.num_tokens for batch in batches),
             trained_tokens=sum(batch.num_trained for batch in batches),
