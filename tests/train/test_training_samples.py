@@ -44,8 +44,10 @@ def generated(model: Path, prompt: str, max_tokens: int) -> str:
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
     out = network.generate(ids, max_new_tokens=max_tokens, do_sample=False)[0, ids.shape[1] :]
+    ends = network.generation_config.eos_token_id
+    assert isinstance(ends, list)
     text: str = tokenizer.decode(out, skip_special_tokens=True)
-    return text + ("" if int(out[-1]) in network.generation_config.eos_token_id else "...")
+    return text + ("" if int(out[-1]) in ends else "...")
 
 
 def test_samples_are_what_the_model_answers_and_change_no_bit(place: Path, tmp_path: Path) -> None:

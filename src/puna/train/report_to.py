@@ -62,16 +62,16 @@ def _tensorboard(output: Path, settings: Mapping[str, Any], first_step: int) -> 
     del settings
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output / "runs"), purge_step=first_step)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(output / "runs"), purge_step=first_step)
 
     def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, step)
 
     try:
         yield log
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
 
 
 @contextmanager

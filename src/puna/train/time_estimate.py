@@ -19,6 +19,7 @@ from puna.model.llama import Llama
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import get_peft_model
 from puna.train.base_model import gradient_checkpointing, is_packed
+from puna.train.encoding import Example
 from puna.train.losses import CHUNK_ROWS, chunked_cross_entropy
 from puna.train.methods import compares
 from puna.train.packing import Batch
@@ -137,7 +138,8 @@ def _like(lora: LoraConfig) -> LoraConfig:
 
 def _some_batch(plan: TrainingPlan) -> Batch:
     """Return examples of the first step, as many as fit, in one row."""
-    chosen, total = [], 0
+    chosen: list[Example] = []
+    total = 0
     for index in (index for pack in plan.packs for index in pack):
         example = plan.examples[index]
         if chosen and total + len(example.ids) > min(_MOST_TOKENS, plan.config.max_length):
