@@ -122,6 +122,16 @@ PUNA_INLINE const float* float_sums_of(const Group& x) {
   return T::kSub == 16 ? x.float_sums_16 : x.float_sums_32;
 }
 
+// Blocks are read in an order that no prefetcher guesses: each unit asks for its share of what comes next.
+template <class T, int unit>
+PUNA_INLINE void prefetch_share(const uint8_t* tile) {
+  constexpr int kLine = 64, kAhead = 4096, kUnits = T::kPhases * T::kUnits;
+  constexpr int kLines = (Traits<T>::kTileBytes + kLine - 1) / kLine;
+  constexpr int begin = unit * kLines / kUnits, end = (unit + 1) * kLines / kUnits;
+  static_for<end - begin>([&](auto i)
+                              PUNA_INLINE_LAMBDA { __builtin_prefetch(tile + kAhead + (begin + i) * kLine); });
+}
+
 template <class T, int phase>
 PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block, F total) {
   using C = Traits<T>;
@@ -135,6 +145,7 @@ PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block
     whole[a] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums[T::sub(phase, a)]);
   });
   static_for<T::kUnits>([&](auto unit) PUNA_INLINE_LAMBDA {
+    prefetch_share<T, phase * T::kUnits + unit>(tile);
     W w[T::kVecs];
     unpack_weights<T, phase, unit>(tile, w);
     static_for<T::kVecs>([&](auto v) PUNA_INLINE_LAMBDA {
@@ -158,14 +169,10 @@ PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block
   return total;
 }
 
-// Blocks are read in an order that no prefetcher guesses.
-constexpr int kLine = 64, kAhead = 4096;
-
 template <class T>
 F one_token(const uint8_t* tile, const Group& x, int64_t blocks) {
   F total = Simd::zero_f();
   for (int64_t block = 0; block < blocks; ++block) {
-    for (int at = 0; at < Traits<T>::kTileBytes; at += kLine) __builtin_prefetch(tile + kAhead + at);
     static_for<T::kPhases>(
         [&](auto phase) PUNA_INLINE_LAMBDA { total = one_token_phase<T, phase>(tile, x, block, total); });
     tile += Traits<T>::kTileBytes;

@@ -21,6 +21,8 @@ from puna.errors import ConfigError
 
 TILE_ROWS = 16
 
+DecoderLayers = _cpu.Decoder  # see decoder.py
+
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PLAIN = (Tensor, Parameter)
 _CACHE_CODES = _DTYPE_CODES | {torch.float8_e4m3fn: 3, torch.int8: 4}
@@ -254,7 +256,7 @@ def dequantize_4bit(weight: FourBits, code: Tensor, nested_code: Tensor, first: 
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """Return x as rows without gaps, the code of its dtype, the number of rows and columns, and their stride."""
+    """Return x as rows without gaps, the code of its dtype, how many rows and columns, and their stride."""
     code = _DTYPE_CODES.get(x.dtype)
     if code is None or not x.is_cpu:
         raise ValueError(
