@@ -60,6 +60,8 @@ def main() -> None:
         model = make_checkpoint(args.made, "Llama 3.2 1B")
     if model is None:
         parser.error("a model is needed")
+    if any(tokens > PIECE and tokens % PIECE for tokens in args.tokens):
+        parser.error(f"--tokens is at most {PIECE}, or a multiple of it")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, r = {RANK}")
     for tokens in args.tokens:
         for targets in args.targets:
@@ -74,7 +76,7 @@ def compare(model: Path, args: argparse.Namespace, *, tokens: int, targets: str)
             job = {"model": str(model), "kind": kind, "tokens": tokens, "targets": targets}
             job |= {"steps": args.steps, "checkpointing": args.checkpointing}
             command = [sys.executable, __file__, "--child", json.dumps(job)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     print(f"\n{tokens} tokens, targets {targets}" + (", checkpointed" if args.checkpointing else ""))
     print(f"{'':32}{'tokens/s':>10}{'spread':>8}{'GB':>7}   ratios to the first: speed, memory")
@@ -94,7 +96,8 @@ def summary(found: list[dict[str, Any]]) -> tuple[float, float, float]:
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """Train in this process."""
-    ids = torch.randint(1000, 100_000, (job["tokens"],), generator=torch.Generator().manual_seed(1))
+    vocab_size = json.loads(Path(job["model"], "config.json").read_text())["vocab_size"]
+    ids = torch.randint(vocab_size, (job["tokens"],), generator=torch.Generator().manual_seed(1))
     step = puna_step(job, ids) if job["kind"].startswith("puna") else peft_step(job, ids)
     began = time.perf_counter()
     loss = step()

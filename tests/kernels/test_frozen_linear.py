@@ -130,5 +130,5 @@ def test_packed_blocks_of_gguf_files_flow_back() -> None:
     matrix = PackedMatrix(QuantTensor(rows, GGMLType.Q8_0))
     whole = dequantize(rows, GGMLType.Q8_0, torch.empty(48, 64))
     x, grad = draw(3, 64).requires_grad_(), draw(3, 48, seed=2)
-    matrix(x).backward(grad)  # type: ignore[no-untyped-call]
+    matrix(x).backward(grad)
     torch.testing.assert_close(x.grad, grad @ whole, rtol=1e-5, atol=1e-4)
