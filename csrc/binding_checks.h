@@ -38,4 +38,11 @@ inline const void* require_address(uintptr_t address, int64_t alignment) {
   return reinterpret_cast<const void*>(address);
 }
 
+inline const int64_t* require_places(uintptr_t address, int64_t tokens, int64_t num_places) {
+  const int64_t* places = static_cast<const int64_t*>(require_address(address, 8));
+  for (int64_t i = 0; i < tokens; ++i)
+    require(places[i] >= 0 && places[i] < num_places, "no place " + std::to_string(places[i]));
+  return places;
+}
+
 }  // namespace puna

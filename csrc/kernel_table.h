@@ -78,6 +78,7 @@ struct KernelTable {
   void (*rms_norm)(const NormJob& job, int64_t begin, int64_t end);
   void (*rotate)(const RotateJob& job, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluJob& job, int64_t begin, int64_t end);
+  void (*add)(const AddJob& job, int64_t begin, int64_t end);
   void (*store_in_cache)(const StoreJob& job, int64_t begin, int64_t end);
   void (*store_int8)(const StoreInt8Job& job, int64_t begin, int64_t end);
   // Find scales and levels for the groups [begin, end) of weights; begin is a multiple of 16.

@@ -106,6 +106,13 @@ inline void swiglu(const SwigluJob& job, int64_t begin, int64_t end) {
   swiglu_run<Dtype::bf16>(job, begin, end);
 }
 
+inline void add(const AddJob& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 16) {
+    const F sum = Simd::add(load_some(job.x, job.type, i, end - i), load_some(job.y, job.type, i, end - i));
+    store_some(job.x, job.type, i, end - i, sum);
+  }
+}
+
 inline void store_in_cache(const StoreJob& job, int64_t begin, int64_t end) {
   const int64_t size = dtype_bytes(job.type), cache_size = dtype_bytes(job.cache_type);
   const float most = job.cache_type == Dtype::f16 ? 65504.0f : 3.3895314e38f;  // of float16, of bfloat16

@@ -25,13 +25,6 @@ void* require_output(uintptr_t address, int64_t alignment) {
   return const_cast<void*>(require_address(address, alignment));
 }
 
-const int64_t* require_places(uintptr_t address, int64_t tokens, int64_t num_places) {
-  const int64_t* places = static_cast<const int64_t*>(require_address(address, 8));
-  for (int64_t i = 0; i < tokens; ++i)
-    require(places[i] >= 0 && places[i] < num_places, "no place " + std::to_string(places[i]));
-  return places;
-}
-
 // x: (rows, columns), rows `stride` apart; weight: (columns,) or 0; out: (rows, columns); all of one dtype.
 void bound_rms_norm(uintptr_t x, int dtype, int64_t rows, int64_t columns, int64_t stride, uintptr_t weight,
                     uintptr_t out, double eps, int threads) {

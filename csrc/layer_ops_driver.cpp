@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kWorthThreads = 1 << 15;  // values below which starting threads costs more
 constexpr int64_t kAtATime = 1 << 13;       // values that one thread takes at a time
+constexpr int64_t kRun = 256;               // values that are not divided
 
 // Call part(begin, end) for pieces of [0, count), each item of which is worth `each` values.
 template <class Part>
@@ -35,9 +36,15 @@ void rotate(const RotateJob& job, int64_t tokens, int threads) {
 
 void swiglu(const SwigluJob& job, int threads) {
   const KernelTable& table = kernels();
-  constexpr int64_t kRun = 256;
   in_parts((job.count + kRun - 1) / kRun, kRun, threads, [&](int64_t begin, int64_t end) {
     table.swiglu(job, begin * kRun, std::min(end * kRun, job.count));
+  });
+}
+
+void add(const AddJob& job, int threads) {
+  const KernelTable& table = kernels();
+  in_parts((job.count + kRun - 1) / kRun, kRun, threads, [&](int64_t begin, int64_t end) {
+    table.add(job, begin * kRun, std::min(end * kRun, job.count));
   });
 }
 

@@ -35,6 +35,14 @@ struct SwigluJob {
   Dtype type;
 };
 
+// x = x + y.
+struct AddJob {
+  void* x;
+  const void* y;
+  int64_t count;
+  Dtype type;
+};
+
 // Keys or values of new tokens, each to its place in the cache; what is too large for it becomes its largest.
 struct StoreJob {
   const void* x;  // (tokens, width), tokens `stride` elements apart

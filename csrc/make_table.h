@@ -23,6 +23,7 @@ constexpr KernelTable make_table(const char* name) {
   table.rms_norm = rms_norm;
   table.rotate = rotate;
   table.swiglu = swiglu;
+  table.add = add;
   table.store_in_cache = store_in_cache;
   table.store_int8 = store_int8;
   table.quantize_groups = quantize_groups;

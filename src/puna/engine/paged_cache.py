@@ -114,7 +114,7 @@ class PagedAttention:
         device = cache.keys[0].device
         self.slots = torch.tensor(self._slots(), dtype=torch.int64, device=device)
         self._cpu = compiled() if use_compiled and device.type == "cpu" else None
-        self._batch = None if self._cpu is None else self._compiled_batch(self._cpu)
+        self.compiled_batch = None if self._cpu is None else self._compiled_batch(self._cpu)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, chunk_size: int | None
@@ -127,7 +127,7 @@ class PagedAttention:
                 q,
                 keys,
                 values,
-                self._batch,
+                self.compiled_batch,
                 scale=scale,
                 chunk_size=chunk_size,
                 scales=self.cache.scales(layer),

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from puna.engine.compiled_decoder import CompiledDecoder
 from puna.engine.paged_cache import PagedAttention, PagedKVCache
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Batch
@@ -34,6 +35,7 @@ class Runner:
         self.cache = cache
         self.follow = follow
         self.device = model.model.norm.weight.device
+        self._decoder = CompiledDecoder.of(model)
         self._rows, self._head_rows = AdapterRows(), AdapterRows()
         self._installed: weakref.WeakSet[ServedAdapter] = weakref.WeakSet()
 
@@ -58,7 +60,7 @@ class Runner:
             select.extend(range(len(ids) - needed, len(ids)))
             rows.append(needed)
         with self.adapted([sequence.adapter for sequence in batch.sequences], batch.counts):
-            hidden = self.model.hidden_states(
+            hidden = self._hidden_states(
                 torch.tensor(ids, device=self.device),
                 torch.tensor(positions, device=self.device),
                 self._attention(batch),
@@ -67,6 +69,15 @@ class Runner:
         if self.follow is not None:
             self.follow(batch)
         return list(hidden.split(rows))  # type: ignore[no-untyped-call]
+
+    def _hidden_states(
+        self, input_ids: Tensor, positions: Tensor, attention: PagedAttention, select: Tensor
+    ) -> Tensor:
+        """Compute by the compiled decoder where it can stand for the model's modules, else by these."""
+        decoder = None if self._rows.groups else self._decoder  # it knows no adapters
+        if decoder is not None and decoder.takes(attention, len(input_ids)):
+            return decoder.hidden_states(input_ids, positions, attention, select)
+        return self.model.hidden_states(input_ids, positions, attention, select)
 
     def logits(self, batch: Batch, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
         """Yield the logits (vocab,) of each row that `run` returned, in order."""

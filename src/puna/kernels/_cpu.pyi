@@ -109,6 +109,42 @@ def store_int8(
     threads: int,
 ) -> None: ...
 
+class Decoder:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        norm_eps: float,
+        attention_scale: float,
+        dtype: int,
+    ) -> None: ...
+    def add_layer(
+        self,
+        input_norm: int,
+        post_attention_norm: int,
+        matrices: Sequence[QuantMatrix | None],
+        dense: Sequence[tuple[int, int, int]],
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        tokens: int,
+        cos: int,
+        sin: int,
+        batch: PagedBatch,
+        places: int,
+        keys: Sequence[int],
+        values: Sequence[int],
+        key_scales: Sequence[int],
+        value_scales: Sequence[int],
+        cache_dtype: int,
+        cache_size: int,
+        threads: int,
+    ) -> None: ...
+
 class PagedBatch:
     def __init__(
         self, block_tables: Tensor, starts: Tensor, counts: Tensor, num_blocks: int, block_size: int

@@ -20,6 +20,8 @@ from puna.errors import ConfigError
 
 TILE_ROWS = 16
 
+DecoderLayers = _cpu.Decoder  # see decoder.py
+
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PLAIN = (Tensor, Parameter)
 _CACHE_CODES = _DTYPE_CODES | {torch.float8_e4m3fn: 3, torch.int8: 4}

@@ -83,6 +83,11 @@ class PackedMatrix(nn.Module):
         self._keep(weight)
 
     @property
+    def tiled(self) -> TiledWeight | None:
+        """Return the tiles that the kernels read, if it lies in such."""
+        return self._tiled
+
+    @property
     def quantized(self) -> QuantTensor:
         """Return the whole matrix as rows, still packed: a view if it is kept so, else a copy."""
         return self.rows(slice(None))
