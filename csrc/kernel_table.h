@@ -91,5 +91,8 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512Kernels;
 #endif
+#if defined(__aarch64__) || defined(PUNA_EMULATE_NEON)
+extern const KernelTable kNeonKernels;
+#endif
 
 }  // namespace puna

@@ -2,6 +2,7 @@
 // loads and stores of 16 values of any float type.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
