@@ -178,6 +178,32 @@ def test_an_abort_leaves_the_others_alone(
         assert running[name].sequences[0].sequence.output_ids == merged[name][0]
 
 
+def test_batches_without_adapters_are_computed_as_if_there_were_none(
+    tmp_path: Path,
+) -> None:
+    """By the compiled layers where there are some: cria is in half precision, which they compute."""
+    from puna.cria import FOLDER
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(FOLDER), config).save_pretrained(tmp_path)
+    llm = LLM("cria", kv_cache_memory_bytes=2**24, enable_lora=True, enable_prefix_caching=False)
+    mine = LoRARequest("mine", 1, str(tmp_path))
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=0)
+    (before,) = llm.generate("Llamas are", params, use_tqdm=False)
+    (adapted,) = llm.generate("Llamas are", params, lora_request=mine, use_tqdm=False)
+    (after,) = llm.generate("Llamas are", params, use_tqdm=False)
+    assert after.outputs[0].token_ids == before.outputs[0].token_ids != adapted.outputs[0].token_ids
+    assert after.outputs[0].logprobs == before.outputs[0].logprobs
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER), tmp_path)
+    engine = TextEngine(merged.merge_and_unload().llama.float(), load_tokenizer(FOLDER))
+    engine_params = SamplingParams(temperature=0.0, max_tokens=3)
+    request = engine.add("x", "Llamas are", engine_params)
+    while engine.has_unfinished:
+        engine.step()
+    assert list(request.sequences[0].sequence.output_ids) == adapted.outputs[0].token_ids[:3]
+
+
 def test_forks_and_beams_have_the_adapter_too(
     llm: LLM, requests: dict[str, LoRARequest], merged: dict[str | None, list[list[int]]]
 ) -> None:
