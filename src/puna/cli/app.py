@@ -12,6 +12,7 @@ import typer
 import puna
 from puna.cli.adapter import adapter
 from puna.cli.data import data
+from puna.cli.importance import imatrix
 from puna.cli.measure import bench
 from puna.cli.quantize import quantize
 from puna.cli.run import run
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(show)
 app.command()(quantize)
+app.command()(imatrix)
 app.command()(train)
 app.add_typer(adapter)
 app.add_typer(bench)

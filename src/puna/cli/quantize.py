@@ -12,6 +12,7 @@ from puna.errors import ParameterError
 
 if TYPE_CHECKING:
     from puna.gguf_header import Value
+    from puna.weights.imatrix import ImportanceMatrix
     from puna.weights.loader import Checkpoint
     from puna.weights.quantize_file import Written
 
@@ -24,7 +25,7 @@ def quantize(
     ] = "q4_k_m",
     imatrix: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Which errors matter: an importance matrix.", show_default=False),
+        typer.Option(metavar="FILE", help="Which errors matter: of puna imatrix.", show_default=False),
     ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantise what is quantised already.")
@@ -50,13 +51,14 @@ def quantize(
     path = find_model(source)
     checkpoint = open_checkpoint(path)
     metadata = _metadata(path, checkpoint)
-    weights = None if imatrix is None else read_imatrix(imatrix)
+    importance = None
     if imatrix is not None:
-        metadata["quantize.imatrix.file"] = str(imatrix)
-        metadata["quantize.imatrix.entries_count"] = len(weights or {})
+        found = read_imatrix(imatrix)
+        metadata |= _imatrix_keys(imatrix, found)
+        importance = found.means
     began = time.monotonic()
     written = write_quantized(
-        checkpoint, out, metadata, wanted, importance=weights, allow_requantize=allow_requantize
+        checkpoint, out, metadata, wanted, importance=importance, allow_requantize=allow_requantize
     )
     typer.echo(_summary(out, written, time.monotonic() - began))
 
@@ -73,6 +75,16 @@ def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
         return {key: value for key, value in keys.items() if not key.startswith(dropped)}
     vocabulary = gguf_vocabulary(path, vocab_size=checkpoint.config.vocab_size)
     return {**gguf_metadata(checkpoint.config, path.resolve().name), **vocabulary}
+
+
+def _imatrix_keys(path: Path, found: ImportanceMatrix) -> dict[str, Value]:
+    """Say where an importance matrix came from, as llama-quantize does."""
+    return {
+        "quantize.imatrix.file": str(path),
+        "quantize.imatrix.dataset": ", ".join(found.datasets),
+        "quantize.imatrix.entries_count": len(found.means),
+        "quantize.imatrix.chunks_count": found.chunks,
+    }
 
 
 def _summary(out: Path, written: Written, seconds: float) -> str:
