@@ -83,7 +83,8 @@ def write_quantized(
                 _require_planned(checkpoint.path, name, tuple(tensor.shape), plan, missing)
                 if not allow_requantize:
                     _refuse_packed(checkpoint.path, name, value, plan[name].type)
-                file.write(name, _converted(checkpoint.path, name, tensor, plan[name].type, importance))
+                counted = _importance_of(name, importance, tensor)
+                file.write(name, convert(checkpoint.path, name, tensor, plan[name].type, counted))
                 missing.discard(name)
             data = value if isinstance(value, Tensor) else value.data
             bar.update(data.numel() * data.element_size())
@@ -121,17 +122,6 @@ def _refuse_packed(path: Path, name: str, value: Tensor | Packed, kind: GGMLType
         f"{path}: {name} is quantised already; quantising it again loses more than quantising the original "
         "(--allow-requantize does it all the same)"
     )
-
-
-def _converted(
-    path: Path, name: str, tensor: Tensor | QuantTensor, kind: GGMLType, importance: Importance | None
-) -> Tensor | QuantTensor:
-    try:
-        return convert(tensor, kind, _importance_of(name, importance, tensor))
-    except ParameterError:
-        raise
-    except ValueError as error:  # values that are not finite, or too large
-        raise CheckpointError(path, f"tensor {name} cannot be quantised: {error}") from None
 
 
 def _require_planned(
