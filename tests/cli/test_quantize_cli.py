@@ -49,6 +49,44 @@ def test_cria_answers_from_its_quantised_file(tmp_path: Path) -> None:
     assert "Q4_K" in facts
 
 
+def test_an_importance_matrix_is_found_and_used(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A llama is an animal of the Andes. <|eot_id|>\n" * 20, encoding="utf-8")
+    out = tmp_path / "i.gguf"
+    found = invoke("imatrix", "cria", "--data", text, "-o", out, "--context", "64", "--chunks", "3")
+    assert found.stdout == f"wrote {out}: 42 weights, 192 tokens in 3 pieces\n"
+    whole = invoke("imatrix", "cria", "--data", text, "-o", tmp_path / "j.gguf", "--parse-special")
+    assert "in 1 pieces" in whole.stdout
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["imatrix.datasets"].contents() == [str(text)]
+    assert {int(t.data.item()) for t in reader.tensors if t.name.endswith("counts")} == {192}
+    for name, options in (("a", ("--imatrix", out)), ("b", ())):
+        arguments = ("quantize", "cria", tmp_path / f"{name}.gguf", "--type", "q4_0", *options)
+        assert invoke(*arguments).exit_code == 0
+    weighted, plain = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in "ab")
+    assert weighted.fields["quantize.imatrix.entries_count"].contents() == 42
+    assert weighted.fields["quantize.imatrix.chunks_count"].contents() == 3
+    assert weighted.fields["quantize.imatrix.dataset"].contents() == str(text)
+    up = [{t.name: t for t in r.tensors}["blk.1.ffn_up.weight"].data for r in (weighted, plain)]
+    assert up[0].shape == up[1].shape and (up[0] != up[1]).any()
+
+
+def test_what_gives_no_importance_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, message in (
+        ("empty.txt", "there is no text in it"),
+        ("latin.txt", "is no UTF-8 text: byte 3"),
+        ("none.txt", "cannot be read: No such file"),
+    ):
+        error = invoke("imatrix", "cria", "--data", tmp_path / name, "-o", tmp_path / "i.gguf").exception
+        assert isinstance(error, ParameterError) and message in str(error)
+    error = invoke("imatrix", "cria", "--data", "x", "-o", tmp_path / "empty.txt").exception
+    assert isinstance(error, ParameterError) and "is there already" in str(error)
+    f16 = invoke("quantize", "cria", tmp_path / "m.gguf", "--type", "f16", "--imatrix", "x").exception
+    assert isinstance(f16, ParameterError) and "f16 is not quantised" in str(f16)
+
+
 def test_quantising_at_load_through_every_door(stories: Path) -> None:
     story = invoke("run", stories / "hf", "", *GREEDY, "--quantize", "q8_0").stdout
     assert story.startswith(BEGINNING)

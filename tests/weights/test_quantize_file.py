@@ -241,7 +241,7 @@ def test_an_importance_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ParameterError, match=r"has \[7\] for blk.0.ffn_up.weight, whose rows have 64"):
         write(stories / "hf", tmp_path / "m.gguf", "q4_0", importance={"blk.0.ffn_up.weight": torch.ones(7)})
-    assert "nothing for 34 of 35 weights: blk.0.attn_k.weight" in caplog.text
+    assert "nothing for 29 of 30 weights: blk.0.attn_k.weight" in caplog.text
     with pytest.raises(ParameterError, match="nothing for any weight of this model"):
         write(stories / "hf", tmp_path / "m.gguf", "q4_0", importance={"blk.9.ffn_up.weight": torch.ones(64)})
 
@@ -255,3 +255,5 @@ def test_weights_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
         write(folder, tmp_path / "m.gguf", "q8_0")
     with pytest.raises(CheckpointError, match="model.layers.1.mlp.up_proj.weight cannot be quantised"):
         load_model(folder, quantize="q8_0")
+    with pytest.raises(CheckpointError, match="blk.1.ffn_up.weight cannot be quantised: .*half precision"):
+        write(folder, tmp_path / "m.gguf", "f16")

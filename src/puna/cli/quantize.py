@@ -43,11 +43,13 @@ def quantize(
     from puna.weights.imatrix import read_imatrix
     from puna.weights.loader import open_checkpoint
     from puna.weights.quantize_file import write_quantized
-    from puna.weights.quantize_mix import file_type
+    from puna.weights.quantize_mix import FLOAT_TYPES, file_type
 
     wanted = file_type(type)
     if out.exists():
         raise ParameterError(f"{out}: is there already: give a new file")
+    if imatrix is not None and wanted.base in FLOAT_TYPES:
+        raise ParameterError(f"{wanted.name} is not quantised: an importance matrix has no use for it")
     path = find_model(source)
     checkpoint = open_checkpoint(path)
     metadata = _metadata(path, checkpoint)

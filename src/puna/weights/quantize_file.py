@@ -24,7 +24,7 @@ from puna.weights.gguf_writer import GgufWriter, PlannedTensor, Value
 from puna.weights.loader import Checkpoint, Packed, empty_model
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_load import Shapes, convert, model_shape, planned_shapes
-from puna.weights.quantize_mix import FLOAT_TYPES, FileType, is_quantized, mix, sorted_names
+from puna.weights.quantize_mix import FLOAT_TYPES, FileType, mix, sorted_names
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _check_names(importance: Importance, plan: Mapping[str, PlannedTensor]) -> N
     wanted = [
         name
         for name, tensor in plan.items()
-        if is_quantized(name, len(tensor.shape)) and name not in _WITHOUT_IMPORTANCE
+        if tensor.type not in FLOAT_TYPES and name not in _WITHOUT_IMPORTANCE
     ]
     left_out = [name for name in wanted if name not in importance]
     if wanted and len(left_out) == len(wanted):

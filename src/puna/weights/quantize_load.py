@@ -20,6 +20,7 @@ from puna.weights.nf4 import FourBitTensor
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_blocks import quantize
 from puna.weights.quantize_mix import FLOAT_TYPES, FileType, ModelShape, file_type, mix
+from puna.weights.quantize_super import to_half
 
 Packed = QuantTensor | FourBitTensor | Int8Tensor
 Shapes = Mapping[str, tuple[int, ...]]
@@ -58,7 +59,7 @@ def convert(
     kind: GGMLType,
     importance: Tensor | None = None,
 ) -> Tensor | QuantTensor:
-    """Return a tensor as one of type `kind`: packed for a block type, else floats, not yet of that dtype.
+    """Return a tensor as one of type `kind`: packed for a block type, else floats.
 
     `importance` is (row_length,), or (experts, row_length) for a stack. Raises CheckpointError naming `path`
     and `name` for values that are not finite or too large.
@@ -67,9 +68,9 @@ def convert(
         if value.type is kind:
             return value
         value = value.dequantize()
-    if kind in FLOAT_TYPES:
-        return value
     try:
+        if kind in FLOAT_TYPES:
+            return to_half(value) if kind is GGMLType.F16 else value.to(_DTYPES[kind])
         if importance is None or importance.ndim == 1:
             return quantize(value, kind, importance)
         parts = [quantize(rows, kind, weights) for rows, weights in zip(value, importance, strict=True)]
@@ -114,5 +115,5 @@ def _packed_experts(
         kind = kinds[theirs]
         packed = convert(path, name, tensor, kind)
         if not isinstance(packed, QuantTensor):  # rows that no block fits
-            packed = QuantTensor(packed.to(_DTYPES[kind]).contiguous().view(torch.uint8), kind)
+            packed = QuantTensor(packed.contiguous().view(torch.uint8), kind)
         yield f"{prefix}.{ours}", packed
