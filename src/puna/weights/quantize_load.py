@@ -101,7 +101,8 @@ def quantized_stream(
             yield from _packed_experts(path, name, value, config, kinds)
         else:
             ((theirs, _),) = gguf_shapes(name, tuple(value.shape))
-            yield name, convert(path, name, value, kinds[theirs])
+            kind = kinds[theirs]
+            yield name, value if kind in FLOAT_TYPES else convert(path, name, value, kind)
 
 
 def _packed_experts(
