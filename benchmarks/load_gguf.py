@@ -61,7 +61,9 @@ def report(path: Path, rounds: int, *, cold: bool, threads: int) -> None:
     seconds = statistics.median(load["seconds"] for load in loads)
     read = statistics.median(reads)
     ratios = [load["seconds"] / cat for load, cat in zip(loads, reads, strict=True)]
-    print(f"{path.name}: {size / GB:.3f} GB, {threads} threads, {rounds} rounds, {'cold' if cold else 'warm'}")
+    print(
+        f"{path.name}: {size / GB:.3f} GB, {threads} threads, {rounds} rounds, {'cold' if cold else 'warm'}"
+    )
     print(
         f"  cat {read:.2f} s, load {seconds:.2f} s: {statistics.median(ratios):.2f} times"
         f" ({min(ratios):.2f}-{max(ratios):.2f})"

@@ -77,7 +77,7 @@ def logits_there(program: Path, model: Path, rows: list[Row]) -> list[Tensor]:
     subprocess.run([program, model, ids, out, str(torch.get_num_threads())], check=True)
     counts = [len(row.ids) - row.start for row in rows]
     flat = torch.from_numpy(np.fromfile(out, dtype=np.float32)).view(sum(counts), -1)
-    return list(flat.split(counts))
+    return list(torch.split(flat, counts))
 
 
 if __name__ == "__main__":

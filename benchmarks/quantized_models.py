@@ -1,4 +1,4 @@
-"""Whole models quantised here and by llama.cpp, to the same types and sizes: error, KL divergence, perplexity.
+"""Whole models quantised here and by llama.cpp, to the same types and sizes: error and KL divergence.
 
     python benchmarks/quantized_models.py path/to/llama-quantize [--models cria cria-wide PATH] [--types ...]
         [--imatrix]
@@ -53,8 +53,8 @@ def compare(subject: Subject, types: list[str], program: Path, folder: Path, *, 
         f"perplexity unquantised {best:.4f}"
     )
     print(
-        f"{'type':8}{'bits':>6}{'RMS there':>11}{'here':>9}{'ratio':>7}{'KL there':>12}{'here':>10}{'ratio':>7}"
-        f"{'ppl there':>11}{'here':>9}"
+        f"{'type':8}{'bits':>6}{'RMS there':>11}{'here':>9}{'ratio':>7}{'KL there':>12}{'here':>10}"
+        f"{'ratio':>7}{'ppl there':>11}{'here':>9}"
     )
     for kind in types:
         there, here = folder / "theirs.gguf", folder / "ours.gguf"
@@ -77,7 +77,9 @@ def compare(subject: Subject, types: list[str], program: Path, folder: Path, *, 
 
 
 def quantize_there(program: Path, source: Path, out: Path, kind: str, imatrix: Path | None) -> None:
-    command: list[str | Path] = [program, *([] if imatrix is None else ["--imatrix", imatrix])]
+    command: list[str | Path] = [program]
+    if imatrix is not None:
+        command += ["--imatrix", imatrix]
     subprocess.run([*command, source, out, kind.upper(), "1"], check=True, capture_output=True)
 
 
@@ -85,7 +87,9 @@ def same_size(one: Path, other: Path) -> float:
     """Return the bits per weight of both files; their tensors must have the same types."""
     files = [GgufFile(path).tensors for path in (one, other)]
     types = [{name: info.type.name for name, info in tensors.items()} for tensors in files]
-    assert types[0] == types[1], {n: (k, types[1].get(n)) for n, k in types[0].items() if k != types[1].get(n)}
+    assert types[0] == types[1], {
+        n: (k, types[1].get(n)) for n, k in types[0].items() if k != types[1].get(n)
+    }
     infos = files[1].values()
     return sum(info.num_bytes for info in infos) * 8 / sum(math.prod(info.shape) for info in infos)
 

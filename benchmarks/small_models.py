@@ -1,8 +1,9 @@
 """Small trained models as float32 GGUF files, and text that they write: what quantising is measured on.
 
 `cria` is the embedded model; a path is any other. "cria-wide" is cria turned into 256 dimensions by an
-orthogonal matrix: it computes the same, and its rows are whole blocks of the K-quants, which cria's 192 columns
-are not. Text comes from the model itself at temperature 1, so that its perplexity is the best there can be.
+orthogonal matrix: it computes the same, and its rows are whole blocks of the K-quants, which those of cria,
+with 192 columns, are not. Text comes from the model itself at temperature 1, so that its perplexity is the
+best there can be.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def prepare(name: str, folder: Path) -> Subject:
     model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
     stem = path.parent.name if path.name in ("hf", "meta") else name
     vocabulary = gguf_vocabulary(path, vocab_size=model.config.vocab_size)
-    metadata = {**gguf_metadata(model.config, stem), **vocabulary}
+    metadata: dict[str, Value] = {**gguf_metadata(model.config, stem), **vocabulary}
     source = folder / f"{stem}-f32.gguf"
     write_quantized(open_checkpoint(path), source, metadata, file_type("f32"))
     prompts = _prompts(tokenizer, 2 * _ROWS)

