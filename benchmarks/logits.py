@@ -4,8 +4,8 @@
 
 Each model is quantised here to each type. The reference computes in float32 with the dequantised weights;
 Puna computes as after loading the file, llama.cpp with a float32 cache and plain attention (built from
-`llama_logits.cpp` against its library). Relative RMS error of the logits and KL divergence, over text that
-the model wrote (`small_models.py`); a ratio below 1 says that Puna is closer.
+`llama_logits.cpp` against its library). Relative RMS error of the logits and KL divergence, over the text of
+`small_models.py`; a ratio below 1 says that Puna is closer.
 """
 
 from __future__ import annotations

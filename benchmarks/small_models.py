@@ -2,14 +2,16 @@
 
 `cria` is the embedded model; a path is any other. "cria-wide" is cria turned into 256 dimensions by an
 orthogonal matrix: it computes the same, and its rows are whole blocks of the K-quants, which those of cria,
-with 192 columns, are not. Text comes from the model itself at temperature 1, so that its perplexity is the
-best there can be.
+with 192 columns, are not. They read some of cria's training text as it lies in its files, which is not quite
+what they were trained on, so that they are not too sure of it; other models read what they write themselves
+at temperature 1.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,27 +27,26 @@ from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.sampling import SamplingParams
 from puna.locate import find_model
 from puna.model import Llama, PackedAttention
-from puna.text.chat import encode_chat
 from puna.text.gguf_vocab_export import gguf_vocabulary
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.weights.gguf import open_gguf
 from puna.weights.gguf_export import gguf_metadata
 from puna.weights.gguf_writer import Value
 from puna.weights.imatrix import read_imatrix, write_imatrix
-from puna.weights.imatrix_collect import ActivationSums
+from puna.weights.imatrix_collect import ActivationSums, cut_rows
 from puna.weights.loader import load_model, open_checkpoint
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_file import write_quantized
 from puna.weights.quantize_mix import file_type
 
 WIDE = 256
-_QUESTIONS = Path(__file__).parents[1] / "examples/cria/held_out.json"
-_ROWS, _NEW_TOKENS, _TOGETHER = 48, 200, 16
+_TEXTS = Path(__file__).parents[1] / "examples/cria/text"
+_ROWS, _ROW_TOKENS, _TOGETHER = 16, 256, 16
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the ids of a prompt and of what the model wrote after it, and where that begins."""
+    """Hold ids, and where the text in them begins whose tokens are predicted."""
 
     ids: list[int]
     start: int
@@ -77,7 +78,7 @@ class Subject:
 
 
 def prepare(name: str, folder: Path) -> Subject:
-    """Write a model's float32 GGUF file into a folder, and let it write text."""
+    """Write a model's float32 GGUF file into a folder, and find text for it."""
     path = widened(folder / "cria-wide") if name == "cria-wide" else find_model(name)
     model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)
     stem = path.parent.name if path.name in ("hf", "meta") else name
@@ -85,19 +86,25 @@ def prepare(name: str, folder: Path) -> Subject:
     metadata: dict[str, Value] = {**gguf_metadata(model.config, stem), **vocabulary}
     source = folder / f"{stem}-f32.gguf"
     write_quantized(open_checkpoint(path), source, metadata, file_type("f32"))
-    prompts = _prompts(tokenizer, 2 * _ROWS)
-    rows = written(model, tokenizer, prompts)
+    if path == CRIA or name == "cria-wide":
+        rows = _pieces(tokenizer)
+    else:
+        rows = written(model, tokenizer, [tokenizer.encode("")] * (2 * _ROWS))
     return Subject(stem, model, metadata, source, rows[:_ROWS], rows[_ROWS:])
 
 
-def _prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
-    """Return questions for a model that chats, else beginnings of a text."""
-    if tokenizer.chat_template is None:
-        return [tokenizer.encode("")] * count
-    items = json.loads(_QUESTIONS.read_text(encoding="utf-8"))
-    asked = [items[i * len(items) // count]["question"] for i in range(count)]
-    asked = asked[::2] + asked[1::2]  # both halves ask of everything
-    return [encode_chat(tokenizer, [{"role": "user", "content": question}]) for question in asked]
+def _pieces(tokenizer: Tokenizer) -> list[Row]:
+    """Return pieces of the text that cria's training text is made from, without the questions."""
+    lines = [
+        line
+        for file in ("concepts.txt", "animals.txt", "stories.txt")
+        for line in (_TEXTS / file).read_text(encoding="utf-8").splitlines()
+        if not line.startswith(("#", "?"))
+    ]
+    ids = tokenizer.encode("\n".join(lines), add_special_tokens=False)
+    rows = cut_rows(ids, _ROW_TOKENS, tokenizer.bos_token_id)[: 2 * _ROWS]
+    assert len(rows) == 2 * _ROWS
+    return [Row(row, 1) for row in rows[::2] + rows[1::2]]
 
 
 def written(model: Llama, tokenizer: Tokenizer, prompts: Sequence[list[int]]) -> list[Row]:
@@ -105,7 +112,7 @@ def written(model: Llama, tokenizer: Tokenizer, prompts: Sequence[list[int]]) ->
     limits = EngineConfig(max_num_seqs=_TOGETHER, kv_cache_memory_bytes=1 << 27)
     engine = LLMEngine(model, limits, end_ids=tokenizer.eos_token_ids)
     for number, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=1.0, max_tokens=_NEW_TOKENS, seed=number)
+        params = SamplingParams(temperature=1.0, max_tokens=_ROW_TOKENS, seed=number)
         engine.add(str(number), prompt, params)
     rows: dict[int, Row] = {}
     while engine.has_unfinished:
@@ -186,7 +193,7 @@ def logits_of(model: Llama, rows: Sequence[Row]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Distance:
-    """Say how far logits are from others: relative RMS, KL divergence and perplexity of what was written."""
+    """Say how far logits are from others: relative RMS, KL divergence; and the perplexity of the text."""
 
     rms: float
     kl: float
@@ -194,10 +201,15 @@ class Distance:
 
 
 def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], rows: Sequence[Row]) -> Distance:
-    """Compare logits with those wanted, over all written tokens."""
-    ours, theirs = torch.cat(list(found)).double(), torch.cat(list(wanted)).double()
-    targets = torch.cat([torch.tensor(row.ids[row.start :]) for row in rows])
-    log_p, log_q = functional.log_softmax(theirs, -1), functional.log_softmax(ours, -1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    lost = functional.nll_loss(log_q, targets)
-    return Distance(float((ours - theirs).norm() / theirs.norm()), float(kl), float(lost.exp()))
+    """Compare logits with those wanted, over all tokens that are predicted."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for mine, theirs, row in zip(found, wanted, rows, strict=True):
+        log_p, log_q = (functional.log_softmax(logits.double(), -1) for logits in (theirs, mine))
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        lost = functional.nll_loss(log_q, torch.tensor(row.ids[row.start :]), reduction="sum")
+        sums += torch.stack(
+            [(mine - theirs).double().square().sum(), theirs.double().square().sum(), kl, lost]
+        )
+    tokens = sum(len(row.ids) - row.start for row in rows)
+    far, size, kl_sum, lost_sum = sums.tolist()
+    return Distance((far / size) ** 0.5, kl_sum / tokens, math.exp(lost_sum / tokens))

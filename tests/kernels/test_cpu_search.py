@@ -18,6 +18,7 @@ cpu = pytest.importorskip(
 )
 
 SEARCHED = (
+    GGMLType.Q8_0,
     GGMLType.Q4_0,
     GGMLType.Q4_1,
     GGMLType.Q5_0,

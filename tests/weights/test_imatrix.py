@@ -166,9 +166,9 @@ def test_a_quantised_model_can_be_read_with(tmp_path: Path) -> None:
     assert set(packed) == set(whole)
     for name, seen in packed.items():
         assert float(seen.counts.sum()) == 11, name
-        if "exps" not in name:  # a token that is nearly as well off with another expert may change over
-            close = 0.05 * float(seen.sums.max())
-            torch.testing.assert_close(seen.sums, whole[name].sums, rtol=0.1, atol=close)
+        if name.startswith("blk.0.attn"):  # behind the first router a token may go to another expert
+            lost = (seen.sums - whole[name].sums).norm() / whole[name].sums.norm()
+            assert float(lost) < 0.1, name
     gate, up = (packed[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up"))
     assert torch.equal(gate.sums, up.sums) and bool(((gate.sums > 0).all(1) == (gate.counts > 0)).all())
 
