@@ -1,9 +1,9 @@
 """Quantise rows of floats to ggml's block types: the inverse of `dequantize.py`.
 
 Every type gives less error than llama.cpp's quantiser for it: scales are searched for the simple types too,
-levels are chosen for the scales as they are stored, in half precision, and rows keep their length. An importance matrix (for
-each column the mean square of the activations that meet it) says which errors matter; without it all count
-the same. Layouts: ggml's `ggml-common.h`.
+levels are chosen for the scales as they are stored, in half precision, and rows keep their length. An
+importance matrix (for each column the mean square of the activations that meet it) says which errors matter;
+without it all count the same. Layouts: ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations
