@@ -28,7 +28,7 @@ import numpy as np
 
 from puna.catalog.lineup import LINEUP
 
-PROMPT, NEW, STREAM_PROMPT = 512, 64, 32
+PROMPT, NEW, STREAM_PROMPT, DEEP_NEW = 512, 64, 32, 16
 TARGETS = ("llama-bench", "llama-batched-bench", "llama-quantize")
 Rates = dict[str, float]
 
@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument("--shape", default="Llama 3.2 1B")
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M", "Q8_0"])
     parser.add_argument("--streams", type=int, nargs="*", default=[16, 32])
+    parser.add_argument("--depth", type=int, default=0, help="also decode after a context of so many tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure_puna(args.measure, args.streams)))
+        print(json.dumps(measure_puna(args.measure, args.streams, args.depth)))
         return
     if not args.dir or not (args.source or args.build):
         parser.error("--dir and one of --source and --build are needed")
@@ -71,6 +72,9 @@ def main() -> None:
             )
         peak = statistics.median(pair[0]["peak"] for pair in rounds)
         load = statistics.median(pair[0]["load"] for pair in rounds)
+        share = statistics.median(pair[0]["decode"] * size / pair[0]["bandwidth"] for pair in rounds)
+        bandwidth = statistics.median(pair[0]["bandwidth"] for pair in rounds) / 1e9
+        print(f"  puna decodes at {share:.0%} of what torch's reading of {bandwidth:.1f} GB/s allows")
         print(f"  puna loads in {load:.1f} s; most memory {peak / size:.2f} of the file", flush=True)
 
 
@@ -159,7 +163,8 @@ def write_random_model(path: Path, shape: str) -> None:
 
 def run_puna(model: Path, args: argparse.Namespace) -> Rates:
     """Measure Puna in a new process."""
-    command = [sys.executable, __file__, "--measure", str(model), "--streams", *map(str, args.streams)]
+    command = [sys.executable, __file__, "--measure", str(model), "--depth", str(args.depth)]
+    command += ["--streams", *map(str, args.streams)]
     threads = {"OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | threads)
     rates: Rates = json.loads(done.stdout.splitlines()[-1])
@@ -174,6 +179,10 @@ def run_llama_cpp(model: Path, build: Path, args: argparse.Namespace) -> Rates:
         [*bench, "-p", str(PROMPT), "-n", str(NEW)], check=True, capture_output=True, text=True
     )
     rates = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in json.loads(done.stdout)}
+    if args.depth:
+        deep = [*bench, "-p", "0", "-n", str(DEEP_NEW), "-d", str(args.depth)]
+        done = subprocess.run(deep, check=True, capture_output=True, text=True)
+        rates[f"decode at {args.depth}"] = json.loads(done.stdout)[0]["avg_ts"]
     if args.streams:
         batched: list[str | Path] = [
             build / "bin" / "llama-batched-bench",
@@ -194,8 +203,11 @@ def run_llama_cpp(model: Path, build: Path, args: argparse.Namespace) -> Rates:
     return rates
 
 
-def measure_puna(model: Path, streams: list[int]) -> Rates:
-    """Return tokens per second of each phase, the seconds of loading, and the most memory, in bytes."""
+def measure_puna(model: Path, streams: list[int], depth: int) -> Rates:
+    """Return tokens per second of each phase, the seconds of loading, and the most memory, in bytes.
+
+    The bandwidth is that of torch adding up 256 MiB, in bytes a second: the best of some tries.
+    """
     from puna.engine.llm_engine import EngineConfig, LLMEngine
     from puna.engine.sampling import SamplingParams
     from puna.weights.loader import load_model
@@ -204,7 +216,9 @@ def measure_puna(model: Path, streams: list[int]) -> Rates:
     loaded = load_model(model)
     load = time.perf_counter() - began
     most = max([1, *streams])
-    config = EngineConfig(enable_prefix_caching=False, max_model_len=2048, max_num_seqs=most)
+    config = EngineConfig(
+        enable_prefix_caching=False, max_model_len=max(2048, depth + NEW), max_num_seqs=most
+    )
     engine = LLMEngine(loaded, config)
 
     def decode(count: int, prompt: int, new: int) -> tuple[float, float]:
@@ -222,11 +236,26 @@ def measure_puna(model: Path, streams: list[int]) -> Rates:
     decode(1, PROMPT, 2)
     rates = {"load": load, "prefill": PROMPT / decode(1, PROMPT, 1)[0]}
     rates["decode"] = NEW / decode(1, 1, NEW + 1)[1]
+    if depth:
+        rates[f"decode at {depth}"] = DEEP_NEW / decode(1, depth, DEEP_NEW + 1)[1]
     for count in streams:
         rates[f"decode x{count}"] = count * NEW / decode(count, STREAM_PROMPT, NEW + 1)[1]
     status = Path("/proc/self/status").read_text()
     rates["peak"] = float(status.split("VmHWM:")[1].split()[0]) * 1024
+    rates["bandwidth"] = read_bandwidth()
     return rates
+
+
+def read_bandwidth() -> float:
+    """Return bytes per second."""
+    import torch
+
+    memory, best = torch.ones(1 << 26), float("inf")
+    for _ in range(12):
+        began = time.perf_counter()
+        memory.sum()
+        best = min(best, time.perf_counter() - began)
+    return memory.nbytes / best
 
 
 if __name__ == "__main__":

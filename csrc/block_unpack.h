@@ -38,8 +38,7 @@ inline void nibbles(const uint8_t* tile, W* w) {
 // The fifth bit of the vector for `group`, from bit planes: see Field::bit_planes.
 template <int offset, int group>
 inline W fifth_bit(const uint8_t* tile, W low) {
-  const W bits = Simd::template field<group, 1>(Simd::load_w(tile + offset));
-  return Simd::either(low, Simd::template shift_up<4>(bits));
+  return Simd::either(low, Simd::template place<group, 1, 4>(Simd::load_w(tile + offset)));
 }
 
 struct Q4_0 : SmallBlock<kQ4_0> {
@@ -243,10 +242,10 @@ struct Q3_K : FineBlock<kQ3_K> {
     pairs<736 + 64 * chunk<phase, unit>()>(tile, w);
     const W bits = Simd::load_w(tile + 224 + 64 * (4 * (phase % 2) + unit));
     constexpr int first = 4 * (phase / 2);
-    w[0] = Simd::either(w[0], Simd::template shift_up<2>(Simd::template field<first, 1>(bits)));
-    w[1] = Simd::either(w[1], Simd::template shift_up<2>(Simd::template field<first + 1, 1>(bits)));
-    w[2] = Simd::either(w[2], Simd::template shift_up<2>(Simd::template field<first + 2, 1>(bits)));
-    w[3] = Simd::either(w[3], Simd::template shift_up<2>(Simd::template field<first + 3, 1>(bits)));
+    w[0] = Simd::either(w[0], Simd::template place<first, 1, 2>(bits));
+    w[1] = Simd::either(w[1], Simd::template place<first + 1, 1, 2>(bits));
+    w[2] = Simd::either(w[2], Simd::template place<first + 2, 1, 2>(bits));
+    w[3] = Simd::either(w[3], Simd::template place<first + 3, 1, 2>(bits));
   }
   template <int j>
   static F scale_of(const uint8_t* tile) {
@@ -271,12 +270,12 @@ struct Q6_K : FineBlock<kQ6_K> {
   template <int phase, int unit>
   static void weights(const uint8_t* tile, W* w) {
     constexpr int low = 16 * (phase / 2) + 4 * (phase % 2) + unit;
-    pairs<288 + 2048 + 64 * chunk<phase, unit>()>(tile, w);
     const W first = Simd::load_w(tile + 288 + 64 * low), second = Simd::load_w(tile + 288 + 64 * (low + 8));
-    w[0] = Simd::either(Simd::template field<0, 15>(first), Simd::template shift_up<4>(w[0]));
-    w[1] = Simd::either(Simd::template field<0, 15>(second), Simd::template shift_up<4>(w[1]));
-    w[2] = Simd::either(Simd::template field<4, 15>(first), Simd::template shift_up<4>(w[2]));
-    w[3] = Simd::either(Simd::template field<4, 15>(second), Simd::template shift_up<4>(w[3]));
+    const W top = Simd::load_w(tile + 288 + 2048 + 64 * chunk<phase, unit>());
+    w[0] = Simd::either(Simd::template field<0, 15>(first), Simd::template place<0, 3, 4>(top));
+    w[1] = Simd::either(Simd::template field<0, 15>(second), Simd::template place<2, 3, 4>(top));
+    w[2] = Simd::either(Simd::template field<4, 15>(first), Simd::template place<4, 3, 4>(top));
+    w[3] = Simd::either(Simd::template field<4, 15>(second), Simd::template place<6, 3, 4>(top));
   }
   template <int phase>
   static void scales(const uint8_t* tile, F* scale, F*) {

@@ -5,6 +5,11 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace puna {
@@ -32,12 +37,29 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(PUNA_EMULATE_NEON)
+bool has_neon_dot() { return true; }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_neon_dot() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has_neon_dot() {
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+}
+#elif defined(__aarch64__)
+bool has_neon_dot() { return false; }  // this system cannot be asked
+#endif
+
 std::vector<const KernelTable*> find_usable() {
   std::vector<const KernelTable*> found;
 #if defined(__x86_64__)
   if (has_avx512()) found.push_back(&kAvx512Kernels);
   if (has_avx2() && has_avx_vnni()) found.push_back(&kAvxVnniKernels);
   if (has_avx2()) found.push_back(&kAvx2Kernels);
+#endif
+#if defined(__aarch64__) || defined(PUNA_EMULATE_NEON)
+  if (has_neon_dot()) found.push_back(&kNeonKernels);
 #endif
   found.push_back(&kPortableKernels);
   return found;

@@ -4,14 +4,12 @@
 #include <cstdint>
 
 #include "block_formats.h"
+#include "dtype.h"
+#include "layer_ops_job.h"
 #include "paged_attention_job.h"
 #include "quantize_job.h"
 
 namespace puna {
-
-enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
-
-constexpr int dtype_bytes(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
 
 // A matrix of activations as int8 in runs of 32 columns, each run with its own scale.
 //
@@ -76,6 +74,13 @@ struct KernelTable {
   // Merge partial results for disjoint keys, `stride` floats apart, and write the output.
   void (*merge_splits)(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head,
                        float* partials, int64_t splits, int64_t stride);
+  // The rows, tokens or elements [begin, end) of small operations.
+  void (*rms_norm)(const NormJob& job, int64_t begin, int64_t end);
+  void (*rotate)(const RotateJob& job, int64_t begin, int64_t end);
+  void (*swiglu)(const SwigluJob& job, int64_t begin, int64_t end);
+  void (*add)(const AddJob& job, int64_t begin, int64_t end);
+  void (*store_in_cache)(const StoreJob& job, int64_t begin, int64_t end);
+  void (*store_int8)(const StoreInt8Job& job, int64_t begin, int64_t end);
   // Find scales and levels for the groups [begin, end) of weights; begin is a multiple of 16.
   void (*quantize_groups)(const QuantizeJob& job, int64_t begin, int64_t end);
 };
@@ -85,6 +90,9 @@ extern const KernelTable kPortableKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512Kernels;
+#endif
+#if defined(__aarch64__) || defined(PUNA_EMULATE_NEON)
+extern const KernelTable kNeonKernels;
 #endif
 
 }  // namespace puna

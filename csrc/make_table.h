@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dense_linear.h"
+#include "layer_ops.h"
 #include "paged_attention.h"
 #include "quant_linear.h"
 #include "quantize_groups.h"
@@ -19,6 +20,12 @@ constexpr KernelTable make_table(const char* name) {
   table.merge_splits = merge_splits;
   table.dense_pack = dense_pack;
   table.dense_linear = dense_linear;
+  table.rms_norm = rms_norm;
+  table.rotate = rotate;
+  table.swiglu = swiglu;
+  table.add = add;
+  table.store_in_cache = store_in_cache;
+  table.store_int8 = store_int8;
   table.quantize_groups = quantize_groups;
   table.quant_linear[kQ4_0] = quant_linear<Q4_0>;
   table.quant_linear[kQ4_1] = quant_linear<Q4_1>;

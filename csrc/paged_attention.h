@@ -10,6 +10,7 @@
 
 #include "block_unpack.h"
 #include "kernel_table.h"
+#include "simd_math.h"
 #include "vector_io.h"
 
 namespace puna {
@@ -25,6 +26,7 @@ PUNA_INLINE F load_cached(const uint8_t* p) {
   if constexpr (type == CacheType::f16) return Simd::load_half(p);
   if constexpr (type == CacheType::bf16) return Simd::load_bfloat(p);
   if constexpr (type == CacheType::e4m3) return Simd::load_e4m3(p);
+  if constexpr (type == CacheType::i8) return Simd::signed_bytes_to_f(Simd::load_b(p));  // without its scale
 }
 
 // Widen one row; the columns up to a multiple of 16 become zero.
@@ -38,21 +40,6 @@ inline void widen_row(const uint8_t* row, int64_t columns, float* out) {
     __builtin_memcpy(rest, row + c * bytes, static_cast<size_t>((columns - c) * bytes));
     Simd::store_f(out + c, load_cached<type>(rest));
   }
-}
-
-// 2^x for x <= 0, at least 2^-125. NaN stays.
-PUNA_INLINE F exp2_negative(F x) {
-  x = Simd::max(Simd::fill_f(-125.0f), x);
-  const F n = Simd::round_f(x), r = Simd::sub(x, n);
-  F p = Simd::fill_f(1.5252734e-5f);  // ln(2)^k / k!, which is within 1e-8 for |r| <= 1/2
-  p = Simd::mul_add(p, r, Simd::fill_f(1.5403530e-4f));
-  p = Simd::mul_add(p, r, Simd::fill_f(1.3333558e-3f));
-  p = Simd::mul_add(p, r, Simd::fill_f(9.6181291e-3f));
-  p = Simd::mul_add(p, r, Simd::fill_f(5.5504109e-2f));
-  p = Simd::mul_add(p, r, Simd::fill_f(2.4022651e-1f));
-  p = Simd::mul_add(p, r, Simd::fill_f(6.9314718e-1f));
-  p = Simd::mul_add(p, r, Simd::fill_f(1.0f));
-  return Simd::times_power_of_2(p, n);
 }
 
 // c = a @ b (+ c) for `rows` rows of a and 16 * wide columns of b.
@@ -293,6 +280,18 @@ inline void score_block(const PagedAttentionJob& job, const AttentionWork& work,
   multiply<false>(q, width, work.transposed, kKeyBlock, rows - first, width, padded, scores, kKeyBlock);
 }
 
+// Multiply column j of rows of scores by the scale of key j, or of its value.
+inline void scale_columns(float* scores, int64_t rows, const float* scales, const int64_t* offsets,
+                          int64_t head_dim, int64_t num_keys) {
+  alignas(64) float each[kKeyBlock] = {};
+  for (int64_t j = 0; j < num_keys; ++j) each[j] = scales[offsets[j] / head_dim];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < num_keys; j += 16) {
+      float* at = scores + r * kKeyBlock + j;
+      Simd::store_f(at, Simd::mul(Simd::load_f(at), Simd::load_f(each + j)));
+    }
+}
+
 // Attend from the unit's tokens, for one kv head; write to the job's output, or to `partial` if it is given.
 template <CacheType type>
 inline void attend_as(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_head, float* memory,
@@ -322,6 +321,9 @@ inline void attend_as(const PagedAttentionJob& job, const AttentionUnit& unit, i
     // Tokens before the block see none of it.
     const int64_t unseeing = begin > unit.position ? (begin - unit.position) * job.group : 0;
     score_block<type>(job, work, keys, num_keys, unseeing, rows);
+    float* const scores = work.scores + unseeing * kKeyBlock;
+    if constexpr (type == CacheType::i8)
+      scale_columns(scores, rows - unseeing, job.key_scales, offsets[which], job.head_dim, num_keys);
     for (int64_t r = unseeing; r < rows; ++r) {
       const int64_t to_own = unit.position + r / job.group + 1 - begin;
       soften_row(work.scores + r * kKeyBlock, to_own < num_keys ? to_own : num_keys, num_keys,
@@ -331,7 +333,9 @@ inline void attend_as(const PagedAttentionJob& job, const AttentionUnit& unit, i
       widen_row<type>(job.values + offsets[which][j], job.head_dim, work.block + j * width);
       if (j < next) prefetch_row(job.keys + offsets[which ^ 1][j], row_bytes);
     }
-    multiply<true>(work.scores + unseeing * kKeyBlock, kKeyBlock, work.block, width, rows - unseeing,
+    if constexpr (type == CacheType::i8)
+      scale_columns(scores, rows - unseeing, job.value_scales, offsets[which], job.head_dim, num_keys);
+    multiply<true>(scores, kKeyBlock, work.block, width, rows - unseeing,
                    num_keys, width, work.output + unseeing * width, width);
   }
   if (partial == nullptr) {
@@ -351,6 +355,7 @@ void attend(const PagedAttentionJob& job, const AttentionUnit& unit, int64_t kv_
     case CacheType::f16: return attend_as<CacheType::f16>(job, unit, kv_head, memory, partial);
     case CacheType::bf16: return attend_as<CacheType::bf16>(job, unit, kv_head, memory, partial);
     case CacheType::e4m3: return attend_as<CacheType::e4m3>(job, unit, kv_head, memory, partial);
+    case CacheType::i8: return attend_as<CacheType::i8>(job, unit, kv_head, memory, partial);
   }
 }
 

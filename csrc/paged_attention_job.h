@@ -5,10 +5,10 @@
 
 namespace puna {
 
-enum class CacheType : int { f32 = 0, f16 = 1, bf16 = 2, e4m3 = 3 };
+enum class CacheType : int { f32 = 0, f16 = 1, bf16 = 2, e4m3 = 3, i8 = 4 };
 
 constexpr int64_t cache_bytes(CacheType t) {
-  return t == CacheType::f32 ? 4 : t == CacheType::e4m3 ? 1 : 2;
+  return t == CacheType::f32 ? 4 : t == CacheType::e4m3 || t == CacheType::i8 ? 1 : 2;
 }
 
 constexpr int64_t kKeyBlock = 64;     // keys that are scored together
@@ -27,6 +27,7 @@ struct PagedAttentionJob {
   void* out;             // (tokens, heads, head_dim)
   const uint8_t* keys;   // (num_blocks, block_size, kv_heads, head_dim)
   const uint8_t* values;
+  const float *key_scales, *value_scales;  // (num_blocks, block_size, kv_heads) for i8, else null
   CacheType cache_type;
   int64_t block_size, kv_heads, group, head_dim;
   float scale;

@@ -122,6 +122,16 @@ PUNA_INLINE const float* float_sums_of(const Group& x) {
   return T::kSub == 16 ? x.float_sums_16 : x.float_sums_32;
 }
 
+// Blocks are read in an order that no prefetcher guesses: each unit asks for its share of what comes next.
+template <class T, int unit>
+PUNA_INLINE void prefetch_share(const uint8_t* tile) {
+  constexpr int kLine = 64, kAhead = 4096, kUnits = T::kPhases * T::kUnits;
+  constexpr int kLines = (Traits<T>::kTileBytes + kLine - 1) / kLine;
+  constexpr int begin = unit * kLines / kUnits, end = (unit + 1) * kLines / kUnits;
+  static_for<end - begin>([&](auto i)
+                              PUNA_INLINE_LAMBDA { __builtin_prefetch(tile + kAhead + (begin + i) * kLine); });
+}
+
 template <class T, int phase>
 PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block, F total) {
   using C = Traits<T>;
@@ -135,6 +145,7 @@ PUNA_INLINE F one_token_phase(const uint8_t* tile, const Group& x, int64_t block
     whole[a] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums[T::sub(phase, a)]);
   });
   static_for<T::kUnits>([&](auto unit) PUNA_INLINE_LAMBDA {
+    prefetch_share<T, phase * T::kUnits + unit>(tile);
     W w[T::kVecs];
     unpack_weights<T, phase, unit>(tile, w);
     static_for<T::kVecs>([&](auto v) PUNA_INLINE_LAMBDA {
@@ -220,9 +231,6 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
     const int8_t* values = x.values + from * T::kSub * count;
     const int64_t at = from * count, at_32 = from * T::kSub / 32 * count;
     Simd::I whole[count];
-    static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
-      whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
-    });
     static_for<(C::kGroups + kStep - 1) / kStep>([&](auto run) PUNA_INLINE_LAMBDA {
       constexpr int begin = run * kStep, end = begin + kStep < C::kGroups ? begin + kStep : C::kGroups;
       Simd::P partial[count];
@@ -233,8 +241,10 @@ void multiply_panel(const Panel& panel, const Group& x, int64_t first_sub, int s
           partial[t] = multiply<T>(partial[t], w, Simd::broadcast(values + 4 * (count * (begin + i) + t)));
         });
       });
-      static_for<count>([&](auto t)
-                            PUNA_INLINE_LAMBDA { whole[t] = Simd::add_partial(whole[t], partial[t]); });
+      static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {
+        if constexpr (run == 0) whole[t] = Simd::fill_i(C::kZero == 0 ? 0 : -C::kZero * sums_of<T>(x)[at + t]);
+        whole[t] = Simd::add_partial(whole[t], partial[t]);
+      });
     });
     const F scale = Simd::load_f(panel.scales + 16 * sub);
     static_for<count>([&](auto t) PUNA_INLINE_LAMBDA {

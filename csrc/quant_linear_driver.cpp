@@ -37,7 +37,7 @@ Activations make_activations(int64_t tokens, int64_t columns) {
 
 // Few enough tiles that the threads end together, enough that each reads a long run of memory.
 int64_t tiles_at_a_time(int64_t tiles) {
-  const int64_t step = tiles / 32;
+  const int64_t step = tiles / 64;
   return step < 1 ? 1 : step > 16 ? 16 : step;
 }
 

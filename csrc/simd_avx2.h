@@ -48,9 +48,15 @@ struct Simd {
     return {_mm256_and_si256(_mm256_srli_epi16(w.a, shift), m),
             _mm256_and_si256(_mm256_srli_epi16(w.b, shift), m)};
   }
-  template <int shift>
-  static W shift_up(W w) {  // no bit may leave its byte
-    return {_mm256_slli_epi16(w.a, shift), _mm256_slli_epi16(w.b, shift)};
+  template <int from, int mask, int to>
+  static W place(W w) {
+    const __m256i m = _mm256_set1_epi8(static_cast<char>(mask << to));
+    if constexpr (from == to) return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)};
+    if constexpr (from < to)
+      return {_mm256_and_si256(_mm256_slli_epi16(w.a, to - from), m),
+              _mm256_and_si256(_mm256_slli_epi16(w.b, to - from), m)};
+    return {_mm256_and_si256(_mm256_srli_epi16(w.a, from - to), m),
+            _mm256_and_si256(_mm256_srli_epi16(w.b, from - to), m)};
   }
   static W either(W x, W y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
   static W look_up(W index, const int8_t* table) {
@@ -81,12 +87,18 @@ struct Simd {
   // How many groups of 4 fit in an int16, for weights up to `largest` and activations up to 127.
   static constexpr int flush(int largest) { return 32767 / (largest * 254); }
   static P dot(P p, W w, A x) {
-    return {_mm256_add_epi16(p.a, _mm256_maddubs_epi16(w.a, x)),
-            _mm256_add_epi16(p.b, _mm256_maddubs_epi16(w.b, x))};
+    return in_this_order({_mm256_add_epi16(p.a, _mm256_maddubs_epi16(w.a, x)),
+                          _mm256_add_epi16(p.b, _mm256_maddubs_epi16(w.b, x))});
   }
   static P dot_signed(P p, W w, A x) {
-    return {_mm256_add_epi16(p.a, _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a))),
-            _mm256_add_epi16(p.b, _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)))};
+    return in_this_order(
+        {_mm256_add_epi16(p.a, _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a))),
+         _mm256_add_epi16(p.b, _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)))});
+  }
+  // GCC would make all products first, and put them on the stack, to add them up as a tree.
+  static P in_this_order(P p) {
+    asm volatile("" : "+x"(p.a), "+x"(p.b));
+    return p;
   }
   static I add_partial(I i, P p) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -127,6 +139,7 @@ struct Simd {
   static void transpose_half(const uint16_t* const* rows, int64_t at, float* out) {
     transpose_half_avx2(rows, at, out);
   }
+  static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }

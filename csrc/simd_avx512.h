@@ -42,9 +42,12 @@ struct Simd {
     if constexpr (shift == 0) return _mm512_and_si512(w, m);
     return _mm512_and_si512(_mm512_srli_epi16(w, shift), m);
   }
-  template <int shift>
-  static W shift_up(W w) {  // no bit may leave its byte
-    return _mm512_slli_epi16(w, shift);
+  template <int from, int mask, int to>
+  static W place(W w) {
+    const __m512i m = _mm512_set1_epi8(static_cast<char>(mask << to));
+    if constexpr (from == to) return _mm512_and_si512(w, m);
+    if constexpr (from < to) return _mm512_and_si512(_mm512_slli_epi16(w, to - from), m);
+    return _mm512_and_si512(_mm512_srli_epi16(w, from - to), m);
   }
   static W either(W x, W y) { return _mm512_or_si512(x, y); }
   static W look_up(W index, const int8_t* table) {
@@ -91,6 +94,7 @@ struct Simd {
   static void transpose_half(const uint16_t* const* rows, int64_t at, float* out) {
     transpose_half_avx2(rows, at, out);
   }
+  static F div(F x, F y) { return _mm512_div_ps(x, y); }
   static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
   static F add(F x, F y) { return _mm512_add_ps(x, y); }
   static F sub(F x, F y) { return _mm512_sub_ps(x, y); }

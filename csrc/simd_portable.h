@@ -53,9 +53,10 @@ struct Simd {
     for (uint8_t& x : w.v) x = static_cast<uint8_t>((x >> shift) & mask);
     return w;
   }
-  template <int shift>
-  PUNA_OUTLINE W shift_up(W w) {
-    for (uint8_t& x : w.v) x = static_cast<uint8_t>(x << shift);
+  // The bits `mask` from bit `from` of each byte on, moved to bit `to`; the others are 0.
+  template <int from, int mask, int to>
+  PUNA_OUTLINE W place(W w) {
+    for (uint8_t& x : w.v) x = static_cast<uint8_t>(((x >> from) & mask) << to);
     return w;
   }
   PUNA_OUTLINE W either(W a, W b) {
@@ -145,6 +146,10 @@ struct Simd {
   }
   PUNA_OUTLINE void transpose_half(const uint16_t* const* rows, int64_t at, float* out) {
     for (int n = 0; n < 128; ++n) out[n] = half_to_float(rows[n % 16][at + n / 16]);
+  }
+  PUNA_OUTLINE F div(F a, F b) {
+    for (int n = 0; n < 16; ++n) a.v[n] /= b.v[n];
+    return a;
   }
   PUNA_OUTLINE F mul(F a, F b) {
     for (int n = 0; n < 16; ++n) a.v[n] *= b.v[n];

@@ -1,16 +1,25 @@
 #include "tiles.h"
 
 #include <cstring>
+#include <vector>
 
 namespace puna {
 namespace {
 
-// The transposition of 4 by 8 bits: bit 4 g + i goes to bit 8 i + g.
+// The transposition of 4 by 8 bits: bit 4 g + i goes to bit 8 i + g. A byte holds two g.
+struct PlaneTable {
+  uint32_t spread[256];
+
+  constexpr PlaneTable() : spread() {
+    for (uint32_t byte = 0; byte < 256; ++byte)
+      for (uint32_t bit = 0; bit < 8; ++bit) spread[byte] |= (byte >> bit & 1u) << (8 * (bit % 4) + bit / 4);
+  }
+};
+
 uint32_t to_planes(uint32_t bits) {
-  uint32_t planes = 0;
-  for (int g = 0; g < 8; ++g)
-    for (int i = 0; i < 4; ++i) planes |= (bits >> (4 * g + i) & 1u) << (8 * i + g);
-  return planes;
+  static constexpr PlaneTable table;
+  return table.spread[bits & 255] | table.spread[bits >> 8 & 255] << 2 | table.spread[bits >> 16 & 255] << 4 |
+         table.spread[bits >> 24] << 6;
 }
 
 uint32_t from_planes(uint32_t planes) {
@@ -20,42 +29,50 @@ uint32_t from_planes(uint32_t planes) {
   return bits;
 }
 
-// Copy `count` units of one row between a block, where they lie together, and a tile, where those of the
-// other rows lie between them.
-template <class Unit, int from_step, int to_step>
-void copy_units(const uint8_t* from, uint8_t* to, int count) {
-  for (int i = 0; i < count; ++i)
-    std::memcpy(to + i * to_step * sizeof(Unit), from + i * from_step * sizeof(Unit), sizeof(Unit));
-}
-
-template <int from_step, int to_step>
-void copy_field(const Field& field, const uint8_t* from, uint8_t* to, uint32_t (*change)(uint32_t)) {
-  if (field.bit_planes) {  // always one unit
-    uint32_t bits;
-    std::memcpy(&bits, from, 4);
-    bits = change(bits);
-    std::memcpy(to, &bits, 4);
-  } else if (field.unit == 4) {
-    copy_units<uint32_t, from_step, to_step>(from, to, field.size / 4);
-  } else if (field.unit == 2) {
-    copy_units<uint16_t, from_step, to_step>(from, to, field.size / 2);
-  } else {
-    copy_units<uint8_t, from_step, to_step>(from, to, field.size);
+// Put a field of 16 blocks, one of each row, side by side. `out` is written from end to end.
+template <class Unit>
+void interleave(const uint8_t* const* blocks, const Field& field, uint8_t* out) {
+  const int count = field.size / static_cast<int>(sizeof(Unit));
+  for (int i = 0; i < count; ++i) {
+    const int at = field.offset + i * static_cast<int>(sizeof(Unit));
+    Unit units[kTileRows];
+    for (int row = 0; row < kTileRows; ++row) std::memcpy(&units[row], blocks[row] + at, sizeof(Unit));
+    if constexpr (sizeof(Unit) == 4)
+      if (field.bit_planes)
+        for (Unit& unit : units) unit = to_planes(unit);
+    std::memcpy(out + i * sizeof(units), units, sizeof(units));
   }
 }
 
-void pack_block(const BlockFormat& format, const uint8_t* block, int row, uint8_t* tile) {
+void pack_blocks(const BlockFormat& format, const uint8_t* const* blocks, uint8_t* tile) {
   for (const Field& field : format.fields) {
     if (field.size == 0) break;
-    copy_field<1, kTileRows>(field, block + field.offset, tile + row * field.unit, to_planes);
+    if (field.unit == 4) interleave<uint32_t>(blocks, field, tile);
+    if (field.unit == 2) interleave<uint16_t>(blocks, field, tile);
+    if (field.unit == 1) interleave<uint8_t>(blocks, field, tile);
     tile += field.size * kTileRows;
+  }
+}
+
+// The same backwards, for one row.
+template <class Unit>
+void pick(const uint8_t* tile, const Field& field, int row, uint8_t* block) {
+  const int count = field.size / static_cast<int>(sizeof(Unit));
+  for (int i = 0; i < count; ++i) {
+    Unit unit;
+    std::memcpy(&unit, tile + (i * kTileRows + row) * sizeof(Unit), sizeof(Unit));
+    if constexpr (sizeof(Unit) == 4)
+      if (field.bit_planes) unit = from_planes(unit);
+    std::memcpy(block + field.offset + i * sizeof(Unit), &unit, sizeof(Unit));
   }
 }
 
 void unpack_block(const BlockFormat& format, const uint8_t* tile, int row, uint8_t* block) {
   for (const Field& field : format.fields) {
     if (field.size == 0) break;
-    copy_field<kTileRows, 1>(field, tile + row * field.unit, block + field.offset, from_planes);
+    if (field.unit == 4) pick<uint32_t>(tile, field, row, block);
+    if (field.unit == 2) pick<uint16_t>(tile, field, row, block);
+    if (field.unit == 1) pick<uint8_t>(tile, field, row, block);
     tile += field.size * kTileRows;
   }
 }
@@ -65,16 +82,20 @@ void unpack_block(const BlockFormat& format, const uint8_t* tile, int row, uint8
 void pack_tiles(const uint8_t* rows, int64_t count, int64_t row_bytes, int type, uint8_t* tiles,
                 int threads) {
   const BlockFormat format = block_format(type);
-  const int64_t blocks = row_bytes / format.bytes, num_tiles = (count + kTileRows - 1) / kTileRows;
+  const int64_t row_blocks = row_bytes / format.bytes, num_tiles = (count + kTileRows - 1) / kTileRows;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    uint8_t* out = tiles + tile * kTileRows * row_bytes;
-    const int64_t first = tile * kTileRows, present = count - first < kTileRows ? count - first : kTileRows;
-    if (present < kTileRows) std::memset(out, 0, static_cast<size_t>(kTileRows * row_bytes));
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t row = 0; row < present; ++row)
-        pack_block(format, rows + (first + row) * row_bytes + block * format.bytes, static_cast<int>(row),
-                   out + block * format.bytes * kTileRows);
+    uint8_t* const out = tiles + tile * kTileRows * row_bytes;
+    const int64_t first = tile * kTileRows;
+    const uint8_t* blocks[kTileRows];
+    for (int64_t row = 0; row < kTileRows; ++row) blocks[row] = rows + (first + row) * row_bytes;
+    std::vector<uint8_t> zeros;  // stands for the rows that the last tile lacks
+    if (first + kTileRows > count) zeros.resize(static_cast<size_t>(row_bytes));
+    for (int64_t row = count - first; row < kTileRows; ++row) blocks[row] = zeros.data();
+    for (int64_t block = 0; block < row_blocks; ++block) {
+      pack_blocks(format, blocks, out + block * format.bytes * kTileRows);
+      for (const uint8_t*& at : blocks) at += format.bytes;
+    }
   }
 }
 

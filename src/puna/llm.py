@@ -70,7 +70,7 @@ class LLM:
         max_model_len: int | None = None,
         gpu_memory_utilization: float | None = None,
         kv_cache_memory_bytes: int | None = None,
-        kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto",
+        kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"] = "auto",
         block_size: int = 16,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,

@@ -275,7 +275,7 @@ def test_a_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
     assert not engine.scheduler.running and not engine.scheduler.waiting
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "int8"])
 def test_a_narrow_cache_stays_near(model: Llama, dtype: str) -> None:
     prompt = [i % 96 for i in range(50)]
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1)

@@ -125,6 +125,26 @@ def test_what_is_not_a_number_stays_so_in_an_8_bit_cache() -> None:
     assert cache.keys[0][0, 2].float().isnan().all()
 
 
+@FORMS
+def test_a_cache_of_int8_keeps_each_head_within_half_a_step(use_compiled: bool) -> None:
+    cache = make_cache(6, dtype=torch.int8)
+    q, k, v = torch.randn(9, 4, 16), torch.randn(9, 2, 16), 1000 * torch.randn(9, 2, 16)
+    k[3, 1] = 0
+    attention = PagedAttention(cache, [[4, 0, 2]], [0], [9], use_compiled=use_compiled)
+    got = attention(q, k, v, layer=0, scale=0.25, chunk_size=None)
+    slots = attention.slots
+    kept = [
+        cache.keys[0].flatten(0, 1)[slots] * cache.key_scales[0].flatten(0, 1)[slots][..., None],
+        cache.values[0].flatten(0, 1)[slots] * cache.value_scales[0].flatten(0, 1)[slots][..., None],
+    ]
+    for read, new in zip(kept, (k, v), strict=True):
+        assert ((read - new).abs() <= 0.501 * new.abs().amax(-1, keepdim=True) / 127).all()
+    expected = exact(q, kept[0], kept[1], 0.25, None)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
+    cache.copy_blocks([(4, 5)])
+    assert torch.equal(cache.key_scales[0][5], cache.key_scales[0][4])
+
+
 LONG = """
 import re, torch
 from pathlib import Path

@@ -56,6 +56,13 @@ class Case:
             self.tables[row, :size] = torch.tensor(blocks)
             for tensor in (keys, values):
                 tensor[blocks] = torch.randn((size, *shape[1:]), generator=generator)
+        self.scales = None
+        if cache_dtype == torch.int8:
+            self.scales = tuple(t.abs().amax(-1) / 127 for t in (keys, values))
+            keys, values = (
+                (t / s[..., None]).round().nan_to_num()
+                for t, s in zip((keys, values), self.scales, strict=True)
+            )
         self.keys, self.values = (t.to(cache_dtype or dtype) for t in (keys, values))
         self.q = torch.randn(sum(counts), kv_heads * group, head_dim, generator=generator).to(dtype)
         self.starts, self.counts = torch.tensor(starts), torch.tensor(counts)
@@ -68,9 +75,22 @@ class Case:
 
     def run(self, chunk_size: int | None = None) -> Tensor:
         out: Tensor = cpu.paged_attention(
-            self.q, self.keys, self.values, self.batch(), scale=self.scale, chunk_size=chunk_size
+            self.q,
+            self.keys,
+            self.values,
+            self.batch(),
+            scale=self.scale,
+            chunk_size=chunk_size,
+            scales=self.scales,
         )
         return out
+
+    def kept_values(self) -> tuple[Tensor, ...]:
+        """Return keys and values in float64, of the whole cache."""
+        kept = (self.keys.float().double(), self.values.float().double())
+        if self.scales is None:
+            return kept
+        return tuple(t * s[..., None].double() for t, s in zip(kept, self.scales, strict=True))
 
     def exact(self, chunk_size: int | None = None) -> Tensor:
         """Attend in float64 with a whole score matrix."""
@@ -80,8 +100,7 @@ class Case:
             end = start + count
             blocks = table[: -(-end // self.block_size)].long()
             keys, values = (
-                t.float()[blocks].flatten(0, 1)[:end].double().repeat_interleave(group, 1)
-                for t in (self.keys, self.values)
+                t[blocks].flatten(0, 1)[:end].repeat_interleave(group, 1) for t in self.kept_values()
             )
             scores = torch.einsum("qhd,khd->hqk", self.q[row : row + count].double(), keys) * self.scale
             own, seen = torch.arange(start, end)[:, None], torch.arange(end)
@@ -123,7 +142,7 @@ def test_chunks_of_positions(isa: str, chunk_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.bfloat16, E4M3])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.bfloat16, E4M3, torch.int8])
 @pytest.mark.parametrize("head_dim", [32, 40])
 def test_dtypes(isa: str, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int) -> None:
     Case([0, 37, 77], [33, 1, 2], head_dim=head_dim, dtype=dtype, cache_dtype=cache_dtype).check()

@@ -95,7 +95,7 @@ def test_select_gives_the_chosen_rows_only() -> None:
     ours = puna_twin(hf_llama())
     ids, positions, attention = torch.arange(9), torch.arange(9), PackedAttention([0, 9])
     chosen = ours(ids, positions, attention, torch.tensor([8, 2]))
-    torch.testing.assert_close(chosen, ours(ids, positions, attention)[[8, 2]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(chosen, ours(ids, positions, attention)[[8, 2]], atol=1e-5, rtol=0)
 
 
 def _compare(theirs: Any, ours: Llama, positions: Tensor) -> None:

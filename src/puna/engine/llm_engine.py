@@ -33,12 +33,13 @@ from puna.model.llama import Llama
 
 logger = logging.getLogger(__name__)
 
-KVDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8"]
+KVDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"]
 _KV_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
     "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
 }
 MAX_LOGPROBS = 20
 

@@ -22,12 +22,15 @@ from puna.model.config import LlamaConfig
 
 def bytes_per_block(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
     """Return the memory of one block over all layers, keys and values."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return per_token * block_size * dtype.itemsize
+    each = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)  # a head, and its scale
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * each * block_size
 
 
 class PagedKVCache:
-    """Hold the keys and values of every layer, each (num_blocks, block_size, num_kv_heads, head_dim)."""
+    """Hold the keys and values of every layer, each (num_blocks, block_size, num_kv_heads, head_dim).
+
+    Those of int8 have scales: of each head of a token its largest magnitude / 127, in float32.
+    """
 
     def __init__(
         self,
@@ -43,20 +46,48 @@ class PagedKVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        scaled = layers if dtype == torch.int8 else ()
+        self.key_scales = [torch.empty(shape[:3], device=device) for _ in scaled]
+        self.value_scales = [torch.empty(shape[:3], device=device) for _ in scaled]
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return the scales of a layer's keys and values, or None where they have none."""
+        return (self.key_scales[layer], self.value_scales[layer]) if self.key_scales else None
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v (tokens, num_kv_heads, head_dim) into `slots` (tokens,): block * block_size + offset."""
+        scales = self.scales(layer)
+        if scales is not None:
+            _write_scaled(self.keys[layer], scales[0], slots, k)
+            _write_scaled(self.values[layer], scales[1], slots, v)
+            return
+        kernels = compiled()
         for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if kernels is not None and kernels.can_store(new, kept):
+                kernels.store(new, kept.flatten(0, 1), slots)
+                continue
             limit = torch.finfo(kept.dtype).max
             if limit < torch.finfo(new.dtype).max:  # large values would become NaN or infinity
-                new = new.clamp(-limit, limit)
-            kept.view(-1, *kept.shape[2:])[slots] = new.to(kept.dtype)
+                new = new.float().clamp(-limit, limit)  # bfloat16 would round the limit up
+            kept.flatten(0, 1)[slots] = new.to(kept.dtype)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to) each, in every layer."""
         for source, target in copies:
-            for kept in (*self.keys, *self.values):
+            for kept in (*self.keys, *self.values, *self.key_scales, *self.value_scales):
                 kept[target] = kept[source]
+
+
+def _write_scaled(kept: Tensor, scales: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Put new (tokens, num_kv_heads, head_dim) into `slots` as int8, and their scales."""
+    kernels = compiled()
+    if kernels is not None and kernels.takes(new) and kept.device.type == "cpu":
+        kernels.store_int8(new, kept.flatten(0, 1), scales.flatten(0, 1), slots)
+        return
+    wide = new.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    kept.flatten(0, 1)[slots] = torch.where(scale > 0, wide / scale, 0.0).round().nan_to_num().to(torch.int8)
+    scales.flatten(0, 1)[slots] = scale.squeeze(-1)
 
 
 class PagedAttention:
@@ -83,7 +114,7 @@ class PagedAttention:
         device = cache.keys[0].device
         self.slots = torch.tensor(self._slots(), dtype=torch.int64, device=device)
         self._cpu = compiled() if use_compiled and device.type == "cpu" else None
-        self._batch = None if self._cpu is None else self._compiled_batch(self._cpu)
+        self.compiled_batch = None if self._cpu is None else self._compiled_batch(self._cpu)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, chunk_size: int | None
@@ -93,7 +124,13 @@ class PagedAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self._cpu is not None and self._cpu.can_attend(q.dtype, keys):
             kernel: Tensor = self._cpu.paged_attention(
-                q, keys, values, self._batch, scale=scale, chunk_size=chunk_size
+                q,
+                keys,
+                values,
+                self.compiled_batch,
+                scale=scale,
+                chunk_size=chunk_size,
+                scales=self.cache.scales(layer),
             )
             return kernel
         out = torch.empty_like(q)
@@ -155,14 +192,21 @@ class PagedAttention:
         for row in range(0, q.shape[0], _QUERY_PIECE):
             piece = q[row : row + _QUERY_PIECE]
             seen = slots[: before + row + piece.shape[0]]
-            outs.append(_attend_in_pieces(piece, keys, values, seen, scale))
+            outs.append(_attend_in_pieces(piece, keys, values, seen, scale, self.cache.scales(layer)))
         return torch.cat(outs)
 
 
 _QUERY_PIECE, _KEY_PIECE = 128, 2048  # bound the scores and what is widened at a time
 
 
-def _attend_in_pieces(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, scale: float) -> Tensor:
+def _attend_in_pieces(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    scale: float,
+    scales: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """Attend from the last len(q) of the positions at `slots` to all of them, causally, in float32."""
     tokens, heads, head_dim = q.shape
     kv_heads, first = keys.shape[1], slots.shape[0] - tokens
@@ -173,7 +217,12 @@ def _attend_in_pieces(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, sc
     total, out = torch.zeros_like(maximum), torch.zeros_like(rows)
     for start in range(0, slots.shape[0], _KEY_PIECE):
         piece = slots[start : start + _KEY_PIECE]
-        k, v = (kept[piece].transpose(0, 1).float() for kept in (keys, values))
+        k, v = (kept[piece].float() for kept in (keys, values))
+        if scales is not None:
+            k, v = (
+                part * each.flatten(0, 1)[piece, :, None] for part, each in zip((k, v), scales, strict=True)
+            )
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
         scores = (rows @ k.transpose(1, 2)).mul_(scale)
         if start + piece.shape[0] > first + 1:
             seen = torch.arange(start, start + piece.shape[0], device=q.device)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from puna.engine.compiled_decoder import CompiledDecoder
 from puna.engine.paged_cache import PagedAttention, PagedKVCache
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Batch
@@ -31,6 +32,7 @@ class Runner:
         self.cache = cache
         self.follow = follow
         self.device = model.model.norm.weight.device
+        self._decoder = CompiledDecoder.of(model)
 
     def run(self, batch: Batch) -> list[Tensor]:
         """Compute a batch; return for each sequence the hidden states that are needed, (rows, hidden).
@@ -52,7 +54,7 @@ class Runner:
             positions.extend(range(start, end))
             select.extend(range(len(ids) - needed, len(ids)))
             rows.append(needed)
-        hidden = self.model.hidden_states(
+        hidden = self._hidden_states(
             torch.tensor(ids, device=self.device),
             torch.tensor(positions, device=self.device),
             self._attention(batch),
@@ -61,6 +63,14 @@ class Runner:
         if self.follow is not None:
             self.follow(batch)
         return list(hidden.split(rows))  # type: ignore[no-untyped-call]
+
+    def _hidden_states(
+        self, input_ids: Tensor, positions: Tensor, attention: PagedAttention, select: Tensor
+    ) -> Tensor:
+        """Compute by the compiled decoder where it can stand for the model's modules, else by these."""
+        if self._decoder is not None and self._decoder.takes(attention, len(input_ids)):
+            return self._decoder.hidden_states(input_ids, positions, attention, select)
+        return self.model.hidden_states(input_ids, positions, attention, select)
 
     def logits(self, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
         """Yield the logits (vocab,) of each row, in order."""

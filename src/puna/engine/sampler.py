@@ -62,9 +62,15 @@ def logprobs_of(
 
 
 def masked(logits: Tensor, sequence: Sequence) -> Tensor:
-    """Return a copy with what forbids tokens or shifts them: lists, words, minimum length, grammar, bias."""
+    """Return logits with what forbids tokens or shifts them: lists, words, minimum length, grammar, bias.
+
+    They are a copy, or, where nothing does, the logits themselves.
+    """
     params = sequence.params
     forbidden = _forbidden_ids(sequence)
+    is_free = sequence.grammar is None and params.allowed_token_ids is None
+    if is_free and not forbidden and not params.logit_bias:
+        return logits
     logits = logits.clone()
     if sequence.grammar is not None:
         logits.masked_fill_(~_unpacked(sequence.grammar.allowed_bits(), logits), -math.inf)

@@ -1,8 +1,8 @@
 """The operations that cost the time, each in a fast form and in a plain one that defines what is right.
 
 Which form is used is decided once, on import, and logged: the compiled kernels where they were built and can
-run here, else the reference. `PUNA_KERNELS=reference|cpu` forces one, `PUNA_CPU_ISA=portable|avx2|...` an
-instruction set. This room knows tensors and packed bytes, neither the model nor files.
+run here, else the reference. `PUNA_KERNELS=reference|cpu` forces one, `PUNA_CPU_ISA=portable|avx2|neon|...`
+an instruction set. This room knows tensors and packed bytes, neither the model nor files.
 """
 
 from __future__ import annotations

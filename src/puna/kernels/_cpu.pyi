@@ -11,6 +11,7 @@ def usable() -> list[str]: ...
 def chosen() -> str: ...
 def choose(name: str) -> None: ...
 def threads_are_lost() -> bool: ...
+def advise_huge_pages(memory: Tensor) -> None: ...
 def linear(
     x: int,
     dtype: int,
@@ -57,6 +58,92 @@ def quantize(
     levels: int,
     threads: int,
 ) -> None: ...
+def rms_norm(
+    x: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    weight: int,
+    out: int,
+    eps: float,
+    threads: int,
+) -> None: ...
+def rotate(
+    x: int,
+    dtype: int,
+    tokens: int,
+    heads: int,
+    half: int,
+    stride: int,
+    cos: int,
+    sin: int,
+    interleaved: bool,
+    out: int,
+    threads: int,
+) -> None: ...
+def swiglu(gate: int, up: int, dtype: int, count: int, out: int, threads: int) -> None: ...
+def store(
+    x: int,
+    dtype: int,
+    tokens: int,
+    width: int,
+    stride: int,
+    cache: int,
+    cache_dtype: int,
+    num_places: int,
+    places: int,
+    threads: int,
+) -> None: ...
+def store_int8(
+    x: int,
+    dtype: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    stride: int,
+    cache: int,
+    scales: int,
+    num_places: int,
+    places: int,
+    threads: int,
+) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        norm_eps: float,
+        attention_scale: float,
+        dtype: int,
+    ) -> None: ...
+    def add_layer(
+        self,
+        input_norm: int,
+        post_attention_norm: int,
+        matrices: Sequence[QuantMatrix | None],
+        dense: Sequence[tuple[int, int, int]],
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        tokens: int,
+        cos: int,
+        sin: int,
+        batch: PagedBatch,
+        places: int,
+        keys: Sequence[int],
+        values: Sequence[int],
+        key_scales: Sequence[int],
+        value_scales: Sequence[int],
+        cache_dtype: int,
+        cache_size: int,
+        threads: int,
+    ) -> None: ...
 
 class PagedBatch:
     def __init__(
@@ -72,6 +159,8 @@ class PagedBatch:
         q_stride: int,
         keys: int,
         values: int,
+        key_scales: int,
+        value_scales: int,
         cache_dtype: int,
         kv_heads: int,
         cache_size: int,

@@ -12,6 +12,7 @@ import torch  # first: it brings the OpenMP library whose threads the kernels sh
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 import puna.kernels._cpu as _cpu  # not `from`, whose error would speak of a circular import
 from puna.errors import ConfigError
@@ -20,8 +21,11 @@ from puna.kernels.cpu_search import search_scales as search_scales
 
 TILE_ROWS = 16
 
+DecoderLayers = _cpu.Decoder  # see decoder.py
+
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_CACHE_CODES = _DTYPE_CODES | {torch.float8_e4m3fn: 3}
+_PLAIN = (Tensor, Parameter)
+_CACHE_CODES = _DTYPE_CODES | {torch.float8_e4m3fn: 3, torch.int8: 4}
 
 # ggml's ids of the block types that the kernels know: (values in a block, bytes of a block).
 _BLOCKS = {
@@ -82,6 +86,27 @@ def takes(x: Tensor) -> bool:
     return known and not is_transformed()
 
 
+def computes(*tensors: Tensor) -> bool:
+    """Say whether the kernels may do what torch would with plain tensors of one dtype on the CPU.
+
+    They may not where a gradient is wanted, or something looks into torch's own operations.
+    """
+    dtype, wants_gradient = tensors[0].dtype, torch.is_grad_enabled()
+    if dtype not in _DTYPE_CODES:
+        return False
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_cpu or type(tensor) not in _PLAIN:
+            return False  # a subclass has its own idea of an operation
+        if wants_gradient and tensor.requires_grad:
+            return False
+    return not (
+        is_transformed()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
 class TiledWeight:
     """A quantised matrix with 16 rows interleaved: a permutation of the bytes of its rows.
 
@@ -113,6 +138,7 @@ class TiledWeight:
         block, size = _BLOCKS[kind]
         count, row_bytes = rows.shape
         tiles = torch.empty(-(-count // TILE_ROWS) * TILE_ROWS * row_bytes, dtype=torch.uint8, device="cpu")
+        _cpu.advise_huge_pages(tiles)
         weight = cls(tiles, kind, (count, row_bytes // size * block))
         weight.matrix.pack(rows.contiguous(), torch.get_num_threads())
         return weight
@@ -140,8 +166,7 @@ def quant_linear(x: Tensor, weights: Sequence[TiledWeight]) -> list[Tensor]:
     x: (..., columns) on the CPU, float32, float16 or bfloat16. Raises ValueError for anything else. No
     gradient flows.
     """
-    flat, code, stride = _rows_of(x)
-    tokens, columns = flat.shape
+    flat, code, tokens, columns, stride = _rows_of(x)
     outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     _cpu.linear(
         flat.data_ptr(),
@@ -163,8 +188,7 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     x: (..., columns) on the CPU, float32, float16 or bfloat16; weights: contiguous (rows, columns), all
     float16 or all bfloat16. Raises ValueError for anything else.
     """
-    flat, code, stride = _rows_of(x)
-    tokens, columns = flat.shape
+    flat, code, tokens, columns, stride = _rows_of(x)
     kinds = {weight.dtype for weight in weights}
     if len(kinds) != 1 or not kinds <= {torch.float16, torch.bfloat16}:
         raise ValueError(f"the weights must be all float16 or all bfloat16, got {sorted(map(str, kinds))}")
@@ -190,21 +214,163 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return outs
 
 
-def _rows_of(x: Tensor) -> tuple[Tensor, int, int]:
-    """Return x as a matrix whose rows have no gaps, the code of its dtype, and how far apart rows are."""
+def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """Return x as rows without gaps, the code of its dtype, how many rows and columns, and their stride."""
     code = _DTYPE_CODES.get(x.dtype)
-    if code is None or x.device.type != "cpu":
+    if code is None or not x.is_cpu:
         raise ValueError(
             f"the kernels take float32, float16 or bfloat16 on the CPU, got {x.dtype} on {x.device}"
         )
     columns = x.shape[-1] if x.ndim else 0
     if columns == 0:
         raise ValueError(f"the input has the shape {tuple(x.shape)}, without columns")
+    if x.is_contiguous():
+        return x, code, x.numel() // columns, columns, columns
     flat = x.reshape(-1, columns)
-    tokens = flat.shape[0]
-    if flat.stride(1) != 1 or (tokens > 1 and flat.stride(0) < columns):
+    rows = flat.shape[0]
+    if flat.stride(1) != 1 or (rows > 1 and flat.stride(0) < columns):
         flat = flat.contiguous()
-    return flat, code, flat.stride(0) if tokens > 1 else columns
+    return flat, code, rows, columns, flat.stride(0) if rows > 1 else columns
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return a new tensor like x, contiguous."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension, rounded where torch's form is.
+
+    x: (..., columns), weight: (columns,), of one dtype. Raises ValueError for anything else.
+    """
+    flat, code, rows, columns, stride = _rows_of(x)
+    if weight is not None and (
+        weight.shape != (columns,) or weight.dtype != x.dtype or not weight.is_contiguous()
+    ):
+        raise ValueError(f"a weight {weight.dtype} {tuple(weight.shape)} for rows of {columns} {x.dtype}")
+    out = _like(x)
+    address = 0 if weight is None else weight.data_ptr()
+    _cpu.rms_norm(
+        flat.data_ptr(), code, rows, columns, stride, address, out.data_ptr(), eps, torch.get_num_threads()
+    )
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Turn the pairs of x (tokens, heads, head_dim) by angles whose cosines and sines are given.
+
+    cos, sin: float32 (tokens, 1, head_dim / 2), contiguous. Raises ValueError for anything else.
+    """
+    tokens, heads, head_dim = x.shape
+    for angles in (cos, sin):
+        if angles.dtype != torch.float32 or angles.shape != (tokens, 1, head_dim // 2):
+            raise ValueError(f"angles {angles.dtype} {tuple(angles.shape)} for {tuple(x.shape)}")
+        if not angles.is_contiguous() or not angles.is_cpu:
+            raise ValueError("angles must be contiguous, on the CPU")
+    if head_dim % 2:
+        raise ValueError(f"heads of {head_dim} elements have no pairs")
+    rows_lie_apart = x.stride(2) == 1 and x.stride(1) == head_dim and x.stride(0) >= heads * head_dim
+    if not x.is_contiguous() and not rows_lie_apart:
+        x = x.contiguous()
+    out = _like(x)
+    _cpu.rotate(
+        x.data_ptr(),
+        _DTYPE_CODES[x.dtype],
+        tokens,
+        heads,
+        head_dim // 2,
+        x.stride(0),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        interleaved,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, where silu(gate) is rounded to the dtype first.
+
+    Raises ValueError if they differ in shape or dtype.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {gate.dtype} {tuple(gate.shape)}, up {up.dtype} {tuple(up.shape)}")
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _cpu.swiglu(
+        gate.data_ptr(),
+        up.data_ptr(),
+        _DTYPE_CODES[gate.dtype],
+        gate.numel(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def can_store(x: Tensor, cache: Tensor) -> bool:
+    """Say whether `store` takes these dtypes."""
+    return x.is_cpu and cache.is_cpu and x.dtype in _DTYPE_CODES and cache.dtype in _DTYPE_CODES
+
+
+def store(x: Tensor, cache: Tensor, places: Tensor) -> None:
+    """Write row i of x to row places[i] of the cache; what its dtype cannot hold becomes its largest value.
+
+    x: (tokens, ...), cache: (num_places, ...), contiguous, places: int64 (tokens,). Raises ValueError for
+    anything else, and for a place that the cache does not have.
+    """
+    tokens = x.shape[0]
+    if not can_store(x, cache) or places.dtype != torch.int64 or places.shape != (tokens,):
+        raise ValueError(f"no kernel to store {x.dtype} in {cache.dtype} at {tuple(places.shape)} places")
+    if x.shape[1:] != cache.shape[1:] or not cache.is_contiguous() or not places.is_contiguous():
+        raise ValueError(f"rows {tuple(x.shape[1:])} for a cache of {tuple(cache.shape[1:])}")
+    if not x.is_contiguous() and not x[:1].is_contiguous():
+        x = x.contiguous()
+    width = x.numel() // tokens if tokens else 1
+    _cpu.store(
+        x.data_ptr(),
+        _DTYPE_CODES[x.dtype],
+        tokens,
+        width,
+        x.stride(0) if tokens > 1 else width,
+        cache.data_ptr(),
+        _DTYPE_CODES[cache.dtype],
+        cache.shape[0],
+        places.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def store_int8(x: Tensor, cache: Tensor, scales: Tensor, places: Tensor) -> None:
+    """Do as `store` with int8: each head, the last dimension of x, gets a scale, its largest magnitude / 127.
+
+    x: (tokens, heads, head_dim), cache: int8 (num_places, heads, head_dim), scales: float32 (num_places,
+    heads). A head with a value that is not finite gets the scale NaN. Raises ValueError for anything else.
+    """
+    tokens, heads, head_dim = x.shape
+    if places.dtype != torch.int64 or places.shape != (tokens,) or not places.is_contiguous():
+        raise ValueError(f"places are int64 ({tokens},), got {places.dtype} {tuple(places.shape)}")
+    if cache.dtype != torch.int8 or cache.shape[1:] != (heads, head_dim) or not cache.is_contiguous():
+        raise ValueError(f"heads {(heads, head_dim)} for a cache of {cache.dtype} {tuple(cache.shape)}")
+    if scales.dtype != torch.float32 or scales.shape != cache.shape[:2] or not scales.is_contiguous():
+        raise ValueError(
+            f"scales are float32 {tuple(cache.shape[:2])}, got {scales.dtype} {tuple(scales.shape)}"
+        )
+    flat, code, _, _, stride = _rows_of(x.flatten(1))
+    _cpu.store_int8(
+        flat.data_ptr(),
+        code,
+        tokens,
+        heads,
+        head_dim,
+        stride,
+        cache.data_ptr(),
+        scales.data_ptr(),
+        cache.shape[0],
+        places.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 class PagedBatch:
@@ -236,13 +402,21 @@ def can_attend(q_dtype: torch.dtype, cache: Tensor) -> bool:
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, *, scale: float, chunk_size: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    chunk_size: int | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend causally from the new tokens of each sequence to all of it; sums are in float32.
 
     q: (tokens, heads, head_dim), the sequences one after another; keys, values: (num_blocks, block_size,
-    kv_heads, head_dim), contiguous, the new tokens' included. With `chunk_size`, position p sees only
-    positions from p // chunk_size * chunk_size on. Returns the shape and dtype of q. Raises ValueError for
+    kv_heads, head_dim), contiguous, the new tokens' included; those of int8 need the `scales` of keys and of
+    values, float32 (num_blocks, block_size, kv_heads). With `chunk_size`, position p sees only positions from
+    p // chunk_size * chunk_size on. Returns the shape and dtype of q. Raises ValueError for
     anything else; no gradient flows. Beside the output, it takes a piece for each thread (230 KB for heads of
     128) and, for few tokens, about heads / kv_heads / 256 of the memory of a 16-bit cache that it reads.
     """
@@ -252,6 +426,13 @@ def paged_attention(
         raise ValueError("keys and values differ in dtype, shape or device")
     if not keys.is_contiguous() or not values.is_contiguous():
         raise ValueError("the cache is not contiguous")
+    if (keys.dtype == torch.int8) != (scales is not None):
+        raise ValueError("a cache of int8, and no other, comes with scales")
+    for each in scales or ():
+        if each.dtype != torch.float32 or each.shape != keys.shape[:3] or not each.is_contiguous():
+            raise ValueError(
+                f"scales are float32 {tuple(keys.shape[:3])}, got {each.dtype} {tuple(each.shape)}"
+            )
     if q.ndim != 3 or keys.ndim != 4 or keys.shape[:2] != batch.cache_shape or keys.shape[3] != q.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)} and the cache {tuple(keys.shape)} do not fit: the block tables are for "
@@ -272,6 +453,8 @@ def paged_attention(
         q.stride(0),
         keys.data_ptr(),
         values.data_ptr(),
+        0 if scales is None else scales[0].data_ptr(),
+        0 if scales is None else scales[1].data_ptr(),
         _CACHE_CODES[keys.dtype],
         keys.shape[2],
         keys.numel(),

@@ -26,7 +26,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x: (..., in), weight: (out, in), bias: (out,).
     """
     kernels = compiled()
-    if kernels is None or not _can_take(kernels, x, weight, bias) or not _is_faster(kernels.chosen(), x):
+    if (
+        kernels is None
+        or not _can_take(kernels, x, weight, bias)
+        or not prefers_kernel(x.dtype, x.numel() // max(x.shape[-1], 1))
+    ):
         return functional.linear(x, weight, bias)
     out: Tensor = kernels.dense_linear(x, (weight,))[0]
     return out if bias is None else out.add_(bias)
@@ -55,10 +59,12 @@ def _can_take(kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | Non
     return not (wants_gradient and torch.is_grad_enabled())
 
 
-def _is_faster(isa: str, x: Tensor) -> bool:
-    if isa == "portable":
+def prefers_kernel(dtype: torch.dtype, num_tokens: int) -> bool:
+    """Say whether the kernel is the faster one for so many tokens. Raises nothing where it was not built."""
+    kernels = compiled()
+    if kernels is None or kernels.chosen() == "portable":
         return False
-    return x.numel() <= _MEMORY_BOUND_TOKENS * x.shape[-1] or not _is_native(x.dtype)
+    return num_tokens <= _MEMORY_BOUND_TOKENS or not _is_native(dtype)
 
 
 @cache

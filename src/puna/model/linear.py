@@ -13,3 +13,17 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         return linear(input, self.weight, self.bias)
+
+
+def apply_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Return [layer(x) for layer in layers]; those of one kind with `apply_together` share the work on x."""
+    kind = type(layers[0])
+    together = getattr(kind, "apply_together", None)
+    if together is None or any(type(layer) is not kind or _is_watched(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    outs: list[Tensor] = together(x, layers)
+    return outs
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from puna.kernels.dense_linear import linear
+from puna.kernels.layer_ops import rms_norm, rotate
 from puna.model.attention import Attention
 from puna.model.config import LlamaConfig
-from puna.model.linear import Linear
-from puna.model.mlp import MLP, RMSNorm, rms_normalize
+from puna.model.linear import Linear, apply_all
+from puna.model.mlp import MLP, RMSNorm
 from puna.model.moe import Experts, MixtureOfExperts
-from puna.model.rope import Rope, rotate
+from puna.model.rope import Rope
 
 
 class SelfAttention(nn.Module):
@@ -48,19 +49,17 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Map (tokens, hidden) to (tokens, hidden)."""
         tokens = x.shape[0]
-        q = self.q_proj(x).view(tokens, -1, self.head_dim)
-        k = self.k_proj(x).view(tokens, -1, self.head_dim)
-        v = self.v_proj(x).view(tokens, -1, self.head_dim)
+        projected = apply_all(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (each.view(tokens, -1, self.head_dim) for each in projected)
         if self.uses_rope:
             q = rotate(q, *rope, interleaved=self.interleaved)
             k = rotate(k, *rope, interleaved=self.interleaved)
         if self.qk_norm_eps is not None:
-            q, k = rms_normalize(q, self.qk_norm_eps), rms_normalize(k, self.qk_norm_eps)
+            q, k = rms_norm(q, None, self.qk_norm_eps), rms_norm(k, None, self.qk_norm_eps)
         if self.tempered:
             q = (q * self._temperature(positions)).to(q.dtype)
         out = attention(q, k, v, layer=self.layer, scale=self.scale, chunk_size=self.chunk_size)
-        projected: Tensor = self.o_proj(out.reshape(tokens, -1))
-        return projected
+        return cast(Tensor, self.o_proj(out.reshape(tokens, -1)))
 
     def _temperature(self, positions: Tensor) -> Tensor:
         """Return what sharpens the queries of far positions in layers without RoPE, (tokens, 1, 1)."""

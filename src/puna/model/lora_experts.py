@@ -12,9 +12,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from puna.errors import UnsupportedError
+from puna.kernels.layer_ops import swiglu
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraLayer
 from puna.model.moe import Experts
@@ -72,7 +72,7 @@ class LoraExperts(LoraLayer):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             scaled = x[rows] * scores[rows, place, None]
             gate, up = self._multiply(scaled, "gate_up_proj", expert).chunk(2, dim=-1)
-            out = out.index_add(0, rows, self._multiply(functional.silu(gate) * up, "down_proj", expert))
+            out = out.index_add(0, rows, self._multiply(swiglu(gate, up), "down_proj", expert))
         return out
 
     def delta_weight(self, name: str) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from puna.model.linear import Linear
+from puna.kernels.layer_ops import rms_norm, swiglu
+from puna.model.linear import Linear, apply_all
 
 
 class MLP(nn.Module):
@@ -20,7 +20,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (tokens, hidden) to (tokens, hidden)."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_all(x, self.gate_proj, self.up_proj)
+        out: Tensor = self.down_proj(swiglu(gate, up))
         return out
 
 
@@ -34,10 +35,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x."""
-        return self.weight * rms_normalize(x, self.eps)
-
-
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
-    """Divide the last dimension of x by its root mean square, in float32, cast back."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from puna.kernels.layer_ops import swiglu
 from puna.model.config import LlamaConfig
 from puna.model.linear import Linear
 from puna.model.mlp import MLP
@@ -36,7 +36,7 @@ class Experts(nn.Module):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             scaled = x[rows] * scores[rows, place, None]
             gate, up = (scaled @ self.gate_up_proj[expert]).chunk(2, dim=-1)
-            out = out.index_add(0, rows, (functional.silu(gate) * up) @ self.down_proj[expert])
+            out = out.index_add(0, rows, (swiglu(gate, up)) @ self.down_proj[expert])
         return out
 
 

@@ -2,7 +2,7 @@
 
 Llama 2 and 3 in Hugging Face's row order pair element i with i + head_dim/2; Llama 4 pairs 2i with 2i + 1.
 The frequencies of every scaling type follow Transformers 5.23 (`modeling_rope_utils.py`), all in float32.
-Rotation is done in float32 and cast back, as in Meta's code.
+The rotation itself: `puna.kernels.layer_ops`.
 """
 
 from __future__ import annotations
@@ -121,15 +121,3 @@ def attention_factor(config: RopeConfig) -> float:
     if config.mscale and config.mscale_all_dim:
         return magnitude(config.mscale) / magnitude(config.mscale_all_dim)
     return magnitude(1.0)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the pairs of x (tokens, heads, head_dim) by the angles of `Rope`, in float32, cast back."""
-    wide = x.float()
-    if interleaved:
-        first, second = wide[..., 0::2], wide[..., 1::2]
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    else:
-        first, second = wide.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)

@@ -7,7 +7,7 @@ activations' dtype (the reference). Block layouts: `dequantize.py`; kernels: `pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -83,6 +83,11 @@ class PackedMatrix(nn.Module):
         self._keep(weight)
 
     @property
+    def tiled(self) -> TiledWeight | None:
+        """Return the tiles that the kernels read, if it lies in such."""
+        return self._tiled
+
+    @property
     def quantized(self) -> QuantTensor:
         """Return the whole matrix as rows, still packed: a view if it is kept so, else a copy."""
         return self.rows(slice(None))
@@ -148,6 +153,17 @@ class PackedMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.out_features}, {self.in_features}, type={self.quant_type.name}"
+
+
+def multiply_all(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
+    """Return [matrix(x) for matrix in matrices]: in one call of the kernels where they take all of them."""
+    kernels = compiled()
+    tiled = [matrix._tiled for matrix in matrices if matrix._tiled is not None]
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    if kernels is None or wants_gradient or len(tiled) < len(matrices) or not kernels.takes(x):
+        return [matrix(x) for matrix in matrices]
+    outs: list[Tensor] = kernels.quant_linear(x, tiled)
+    return outs
 
 
 class _Multiply(torch.autograd.Function):

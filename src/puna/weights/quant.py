@@ -6,14 +6,17 @@ multiplies: `packed_matrix.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from puna.kernels.layer_ops import swiglu
 from puna.model.moe import Experts
 from puna.weights.int8 import Int8Linear, Int8Tensor
 from puna.weights.nf4 import FourBitLinear, FourBitTensor
-from puna.weights.packed_matrix import PackedMatrix, QuantTensor
+from puna.weights.packed_matrix import PackedMatrix, QuantTensor, multiply_all
 
 _EXPERT_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -42,6 +45,13 @@ class QuantLinear(nn.Module):
         """Map (..., in_features) to (..., out_features), in the dtype of x."""
         out: Tensor = self.matrix(x)
         return out if self.bias is None else out + self.bias
+
+    @staticmethod
+    def apply_together(x: Tensor, layers: Sequence[QuantLinear]) -> list[Tensor]:
+        """Return [layer(x) for layer in layers], with activations rounded once."""
+        outs = multiply_all(x, [layer.matrix for layer in layers])
+        pairs = zip(outs, layers, strict=True)
+        return [out if layer.bias is None else out + layer.bias for out, layer in pairs]
 
     def extra_repr(self) -> str:
         return f"bias={self.bias is not None}"
@@ -110,14 +120,14 @@ class QuantExperts(nn.Module):
         for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             scaled = x[rows] * scores[rows, place, None]
-            gate, up = self._multiply("gate_proj", expert, scaled), self._multiply("up_proj", expert, scaled)
-            out = out.index_add(0, rows, self._multiply("down_proj", expert, functional.silu(gate) * up))
+            gate, up = multiply_all(
+                scaled, [self._matrix("gate_proj", expert), self._matrix("up_proj", expert)]
+            )
+            out = out.index_add(0, rows, self._matrix("down_proj", expert)(swiglu(gate, up)))
         return out
 
-    def _multiply(self, name: str, expert: int, x: Tensor) -> Tensor:
-        matrices: nn.ModuleList = getattr(self, name)
-        out: Tensor = matrices[expert](x)
-        return out
+    def _matrix(self, name: str, expert: int) -> PackedMatrix:
+        return cast(PackedMatrix, getattr(self, name)[expert])
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, {self.hidden_size}, {self.intermediate_size}"
