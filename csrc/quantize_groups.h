@@ -37,7 +37,11 @@ inline float reciprocal(float v) { return v == 0.0f ? 0.0f : 1.0f / v; }
 // Round to a whole number, ties to even; |v| < 2^22.
 inline float whole(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
-inline float clamped(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+// NaN becomes low: where a scale overflows, levels must still be levels.
+inline float clamped(float v, float low, float high) {
+  const float above = v > low ? v : low;
+  return above < high ? above : high;
+}
 
 inline float half_rounded(float v) { return half_to_float(float_to_half(v)); }
 

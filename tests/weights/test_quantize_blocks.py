@@ -84,9 +84,10 @@ def test_blocks_made_by_hand() -> None:
     q4_0 = quantize(x, GGMLType.Q4_0).data[0]
     assert float(q4_0[:2].view(torch.float16)) == 0.125
     assert q4_0[2:].tolist() == [0x80, 0x8F, 0x89, 0x84] + [0x88] * 12  # element j low, j + 16 high
-    q8_0 = quantize(x * 127, GGMLType.Q8_0).data[0]
+    x[0, :4] = torch.tensor([-127, 111, 16, -64])
+    q8_0 = quantize(x, GGMLType.Q8_0).data[0]
     assert float(q8_0[:2].view(torch.float16)) == 1.0
-    assert q8_0[2:].view(torch.int8).tolist() == [-127, 111, 16, -64] + [0] * 28  # 15.875, -63.5: to even
+    assert q8_0[2:].view(torch.int8).tolist() == [-127, 111, 16, -64] + [0] * 28
     q5_1 = quantize(torch.arange(32.0)[None] + 3, GGMLType.Q5_1).data[0]
     assert q5_1[:4].view(torch.float16).tolist() == [1.0, 3.0]
     assert q5_1[4:8].tolist() == [0, 0, 0xFF, 0xFF]  # the fifth bits of 16 to 31
@@ -115,7 +116,17 @@ def test_an_importance_lessens_the_error_that_it_weighs(kind: GGMLType) -> None:
     plain = quantize(x, kind).dequantize() - x
     before = float(((plain.square() * importance).sum() / (x.square() * importance).sum()).sqrt())
     after = relative_error(x, kind, importance)
-    assert after == before if kind is GGMLType.Q8_0 else after < before
+    assert after < before
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_1], ids=lambda kind: kind.name)
+def test_rows_do_not_become_shorter(kind: GGMLType) -> None:
+    x, importance = normal(8, 1024, seed=5), normal(1024, seed=6).exp()
+    for counted in (None, importance):
+        weights = torch.ones(1024) if counted is None else counted
+        found = quantize(x, kind, counted).dequantize()
+        ratio = (x * found * weights).sum(1) / (x * x * weights).sum(1)
+        torch.testing.assert_close(ratio, torch.ones(8), rtol=0, atol=2e-4)
 
 
 def test_a_constant_importance_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Whole models: written as GGUF files and read again, quantised at load, with importance matrices."""
+"""Whole models: written as GGUF files and read again, quantised at load, with an importance."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from puna.gguf_header import GGMLType, read_metadata
 from puna.model import Llama, LlamaConfig, PackedAttention
 from puna.weights.gguf import GgufFile, open_gguf
 from puna.weights.gguf_export import gguf_metadata
-from puna.weights.gguf_writer import Value, write_gguf
-from puna.weights.imatrix import Activations, read_imatrix, write_imatrix
+from puna.weights.gguf_writer import Value
 from puna.weights.loader import Checkpoint, load_model, open_checkpoint
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quant import QuantEmbedding, QuantExperts, QuantLinear
@@ -168,6 +167,16 @@ def test_what_is_quantised_is_not_quantised_again_unasked(tmp_path: Path, storie
         load_model(tmp_path / "q8.gguf", quantize="q4_0")
 
 
+def test_what_loses_nothing_more_is_written_unasked(tmp_path: Path, stories: Path) -> None:
+    write(stories / "hf", tmp_path / "q8.gguf", "q8_0")
+    write(tmp_path / "q8.gguf", tmp_path / "again.gguf", "q8_0")
+    write(tmp_path / "q8.gguf", tmp_path / "f32.gguf", "f32")
+    before = tensors_of(tmp_path / "q8.gguf")
+    for name in ("again", "f32"):
+        after = tensors_of(tmp_path / f"{name}.gguf")
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_names_that_quantise_nothing_are_refused_at_load(stories: Path) -> None:
     with pytest.raises(ParameterError, match="'bf16' is a dtype"):
         load_model(stories / "hf", quantize="bf16")
@@ -204,51 +213,47 @@ def test_tensors_that_do_not_fit_the_config_are_named(tmp_path: Path, stories: P
         assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------- importance matrices
-
-
-def test_an_importance_matrix_comes_back_and_is_used(tmp_path: Path, stories: Path) -> None:
+def test_an_importance_matrix_is_used(tmp_path: Path, stories: Path) -> None:
     name, ours = "blk.0.ffn_up.weight", "model.layers.0.mlp.up_proj.weight"
-    squares = torch.linspace(0.1, 30, 64)[None]
-    seen = {name: Activations(sums=squares * 50, counts=torch.tensor([50.0]))}
-    write_imatrix(tmp_path / "i.gguf", seen, datasets=["text"], chunk_size=512, chunks=3)
-    found = read_imatrix(tmp_path / "i.gguf")
-    torch.testing.assert_close(found[name], squares[0])
-    write(stories / "hf", tmp_path / "m.gguf", "q4_0", importance=found)
+    squares = torch.linspace(0.1, 30, 64)
+    write(stories / "hf", tmp_path / "m.gguf", "q4_0", importance={name: squares})
     up = load_file(stories / "hf/model.safetensors")[ours]
     values = tensors_of(tmp_path / "m.gguf")
-    assert torch.equal(values[ours], quantize(up, GGMLType.Q4_0, found[name]).dequantize())
+    assert torch.equal(values[ours], quantize(up, GGMLType.Q4_0, squares).dequantize())
     assert not torch.equal(values[ours], quantize(up, GGMLType.Q4_0).dequantize())
-    fields = gguf.GGUFReader(tmp_path / "i.gguf").fields
-    assert fields["imatrix.chunk_count"].contents() == 3
-    assert fields["imatrix.datasets"].contents() == ["text"]
 
 
-def test_experts_that_saw_nothing_count_evenly(tmp_path: Path) -> None:
-    seen = Activations(sums=torch.tensor([[2.0, 4.0], [0.0, 0.0]]), counts=torch.tensor([2.0, 0.0]))
-    write_imatrix(tmp_path / "i.gguf", {"a": seen}, datasets=[], chunk_size=1, chunks=1)
-    assert read_imatrix(tmp_path / "i.gguf")["a"].tolist() == [[1.0, 2.0], [1.0, 1.0]]
+def test_each_expert_has_an_importance_of_its_own(tmp_path: Path) -> None:
+    changes = {"attention_chunk_size": 8192, "floor_scale": 8192, "hidden_size": 64, "intermediate_size": 96}
+    folder = save(hf_llama4(**changes), tmp_path / "hf")
+    stack = load_model(folder).get_parameter("model.layers.0.feed_forward.experts.down_proj").transpose(1, 2)
+    rows = torch.arange(1.0, stack.shape[0] * 96 + 1).view(-1, 96)
+    expected = [quantize(rows_of, GGMLType.Q4_0, rows[i]).dequantize() for i, rows_of in enumerate(stack)]
+    for form in (rows, rows.flatten()):  # as the two kinds of files have it
+        importance = {"blk.0.ffn_down_exps.weight": form}
+        write(folder, tmp_path / f"{form.ndim}.gguf", "q4_0", importance=importance)
+        found = tensors_of(tmp_path / f"{form.ndim}.gguf")["model.layers.0.feed_forward.experts.down_proj"]
+        assert torch.equal(found, torch.stack(expected))
 
 
-def test_the_older_format_is_read(tmp_path: Path) -> None:
-    name = b"blk.0.ffn_up.weight"
-    entry = np.array([len(name)], "<i4").tobytes() + name + np.array([4, 2], "<i4").tobytes()
-    data = np.array([1], "<i4").tobytes() + entry + np.array([8.0, 2.0], "<f4").tobytes()
-    (tmp_path / "i.dat").write_bytes(data + np.array([7, 0], "<i4").tobytes())
-    assert read_imatrix(tmp_path / "i.dat")["blk.0.ffn_up.weight"].tolist() == [2.0, 0.5]
-    (tmp_path / "i.dat").write_bytes(data[:-1])
-    with pytest.raises(CheckpointError, match="damaged: values at byte"):
-        read_imatrix(tmp_path / "i.dat")
-    (tmp_path / "i.dat").write_bytes(b"{\n  'json'}")
-    with pytest.raises(CheckpointError, match="no importance matrix"):
-        read_imatrix(tmp_path / "i.dat")
-
-
-def test_a_matrix_that_does_not_fit_is_refused(tmp_path: Path, stories: Path) -> None:
+def test_an_importance_that_does_not_fit_is_refused(
+    tmp_path: Path, stories: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ParameterError, match=r"has \[7\] for blk.0.ffn_up.weight, whose rows have 64"):
         write(stories / "hf", tmp_path / "m.gguf", "q4_0", importance={"blk.0.ffn_up.weight": torch.ones(7)})
-    write_gguf(tmp_path / "x.gguf", {"general.type": "model"}, {})
-    with pytest.raises(CheckpointError, match="no importance matrix"):
-        read_imatrix(tmp_path / "x.gguf")
-    with pytest.raises(CheckpointError, match="no such file"):
-        read_imatrix(tmp_path / "none.dat")
+    assert "nothing for 29 of 30 weights: blk.0.attn_k.weight" in caplog.text
+    with pytest.raises(ParameterError, match="nothing for any weight of this model"):
+        write(stories / "hf", tmp_path / "m.gguf", "q4_0", importance={"blk.9.ffn_up.weight": torch.ones(64)})
+
+
+def test_weights_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
+    model = hf_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    folder = save(model, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="blk.1.ffn_up.weight cannot be quantised: .*not finite"):
+        write(folder, tmp_path / "m.gguf", "q8_0")
+    with pytest.raises(CheckpointError, match="model.layers.1.mlp.up_proj.weight cannot be quantised"):
+        load_model(folder, quantize="q8_0")
+    with pytest.raises(CheckpointError, match="blk.1.ffn_up.weight cannot be quantised: .*half precision"):
+        write(folder, tmp_path / "m.gguf", "f16")

@@ -13,6 +13,7 @@ import puna
 from puna.cli.adapter import adapter
 from puna.cli.data import data
 from puna.cli.export import export, merge
+from puna.cli.importance import imatrix
 from puna.cli.measure import bench
 from puna.cli.quantize import quantize
 from puna.cli.run import run
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(show)
 app.command()(quantize)
+app.command()(imatrix)
 app.command()(train)
 app.command()(merge)
 app.command()(export)

@@ -12,6 +12,7 @@ from puna.errors import ParameterError
 
 if TYPE_CHECKING:
     from puna.gguf_header import Value
+    from puna.weights.imatrix import ImportanceMatrix
     from puna.weights.loader import Checkpoint
     from puna.weights.quantize_file import Written
 
@@ -24,7 +25,7 @@ def quantize(
     ] = "q4_k_m",
     imatrix: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Which errors matter: an importance matrix.", show_default=False),
+        typer.Option(metavar="FILE", help="Which errors matter: of puna imatrix.", show_default=False),
     ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantise what is quantised already.")
@@ -42,21 +43,24 @@ def quantize(
     from puna.weights.imatrix import read_imatrix
     from puna.weights.loader import open_checkpoint
     from puna.weights.quantize_file import write_quantized
-    from puna.weights.quantize_mix import file_type
+    from puna.weights.quantize_mix import FLOAT_TYPES, file_type
 
     wanted = file_type(type)
     if out.exists():
         raise ParameterError(f"{out}: is there already: give a new file")
+    if imatrix is not None and wanted.base in FLOAT_TYPES:
+        raise ParameterError(f"{wanted.name} is not quantised: an importance matrix has no use for it")
     path = find_model(source)
     checkpoint = open_checkpoint(path)
     metadata = gguf_keys(path, checkpoint)
-    weights = None if imatrix is None else read_imatrix(imatrix)
+    importance = None
     if imatrix is not None:
-        metadata["quantize.imatrix.file"] = str(imatrix)
-        metadata["quantize.imatrix.entries_count"] = len(weights or {})
+        found = read_imatrix(imatrix)
+        metadata |= _imatrix_keys(imatrix, found)
+        importance = found.means
     began = time.monotonic()
     written = write_quantized(
-        checkpoint, out, metadata, wanted, importance=weights, allow_requantize=allow_requantize
+        checkpoint, out, metadata, wanted, importance=importance, allow_requantize=allow_requantize
     )
     typer.echo(f"{summary(out, written)}\ntook {time.monotonic() - began:.1f} s")
 
@@ -85,6 +89,16 @@ def _sampling(path: Path) -> dict[str, Value]:
     names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     found = {theirs: config.get(ours) for ours, theirs in names.items()}
     return {f"general.sampling.{name}": value for name, value in found.items() if value is not None}
+
+
+def _imatrix_keys(path: Path, found: ImportanceMatrix) -> dict[str, Value]:
+    """Say where an importance matrix came from, as llama-quantize does."""
+    return {
+        "quantize.imatrix.file": str(path),
+        "quantize.imatrix.dataset": ", ".join(found.datasets),
+        "quantize.imatrix.entries_count": len(found.means),
+        "quantize.imatrix.chunks_count": found.chunks,
+    }
 
 
 def summary(out: Path, written: Written) -> str:

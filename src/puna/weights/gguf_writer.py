@@ -8,6 +8,7 @@ written beside its place, made safe on disk, and renamed. Knows the container, n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,9 +77,13 @@ class GgufWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._part.open("wb")
+        except OSError as error:
+            raise CheckpointError(self.path, f"cannot be written: {error.strerror}") from error
+        try:
             self._file.write(self._header)
             self._file.truncate(len(self._header) + self._size)
         except OSError as error:
+            self._drop()
             raise CheckpointError(self.path, f"cannot be written: {error.strerror}") from error
         return self
 
@@ -123,8 +128,14 @@ class GgufWriter:
         except OSError as problem:
             raise CheckpointError(self.path, f"cannot be written: {problem.strerror}") from problem
         finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Remove what lies beside the file's place, if it is still there."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):  # there may be no room for what is buffered, which is dropped too
             self._file.close()
-            self._part.unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
 
 
 def write_gguf(path: Path | str, metadata: Mapping[str, Value], tensors: Mapping[str, Tensor]) -> None:

@@ -154,7 +154,7 @@ def load_model(
     filling = _Filling(model=model, dtype=dtype, device=torch.device(device))
     tensors = checkpoint.tensors()
     if wanted is not None:
-        tensors = quantized_stream(tensors, checkpoint.config, filling.expected, wanted)
+        tensors = quantized_stream(checkpoint.path, tensors, checkpoint.config, filling.expected, wanted)
     with tqdm(
         total=checkpoint.total_bytes,
         desc=f"loading {checkpoint.path.name}",

@@ -7,6 +7,7 @@ handed in.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,9 +26,12 @@ from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_load import Shapes, convert, model_shape, planned_shapes
 from puna.weights.quantize_mix import FLOAT_TYPES, FileType, mix, sorted_names
 
-Importance = Mapping[str, Tensor]  # GGUF name -> (row_length,), or (experts, row_length)
+logger = logging.getLogger(__name__)
 
-# As llama.cpp does it, which wants no weights for these.
+# GGUF name -> (row_length,), (experts, row_length) or (experts * row_length,), as imatrix files have them.
+Importance = Mapping[str, Tensor]
+
+# Their rows are looked up, or all multiplied with the same few hidden states: imatrix files leave them out.
 _WITHOUT_IMPORTANCE = ("token_embd.weight", "output.weight")
 
 
@@ -51,11 +55,14 @@ def write_quantized(
 ) -> Written:
     """Write a checkpoint as a GGUF file of the type `wanted`; takes the memory of a tensor or two.
 
-    `metadata` is all that is to stand in the file but its type. Raises ParameterError for weights that are
-    quantised already, unless that is allowed, and CheckpointError for tensors that do not fit the config.
+    `metadata` is all that is to stand in the file but its type. Raises ParameterError for weights that would
+    lose twice, unless that is allowed, and for an importance that fits no weight; CheckpointError for tensors
+    that do not fit the config, and for values that are not finite.
     """
     out = Path(out)
     plan = _plan(checkpoint, wanted, weighted=importance is not None)
+    if importance is not None:
+        _check_names(importance, plan)
     facts = {**metadata, "general.file_type": wanted.number, "general.quantization_version": 2}
     missing = set(plan) - {ROPE_FREQS}
     bar = tqdm(
@@ -75,8 +82,9 @@ def write_quantized(
             for name, tensor in gguf_tensors(ours, floats, checkpoint.config):
                 _require_planned(checkpoint.path, name, tuple(tensor.shape), plan, missing)
                 if not allow_requantize:
-                    _refuse_packed(checkpoint.path, ours, value, plan[name].type)
-                file.write(name, convert(tensor, plan[name].type, _importance_of(name, importance, tensor)))
+                    _refuse_packed(checkpoint.path, name, value, plan[name].type)
+                counted = _importance_of(name, importance, tensor)
+                file.write(name, convert(checkpoint.path, name, tensor, plan[name].type, counted))
                 missing.discard(name)
             data = value if isinstance(value, Tensor) else value.data
             bar.update(data.numel() * data.element_size())
@@ -104,14 +112,14 @@ def _plan(checkpoint: Checkpoint, wanted: FileType, *, weighted: bool) -> dict[s
     return plan
 
 
-def _refuse_packed(path: Path, ours: str, value: Tensor | Packed, wanted: GGMLType) -> None:
-    """Raise for a weight that loses twice, by being quantised from what is quantised otherwise."""
-    if isinstance(value, Tensor) or wanted in FLOAT_TYPES:
+def _refuse_packed(path: Path, name: str, value: Tensor | Packed, kind: GGMLType) -> None:
+    """Raise for a weight that loses twice, by being quantised from what is quantised."""
+    if isinstance(value, Tensor) or kind in FLOAT_TYPES:
         return
-    if isinstance(value, QuantTensor) and value.type is wanted:
+    if isinstance(value, QuantTensor) and value.type is kind:
         return
     raise ParameterError(
-        f"{path}: {ours} is quantised already; quantising it again loses more than quantising the original "
+        f"{path}: {name} is quantised already; quantising it again loses more than quantising the original "
         "(--allow-requantize does it all the same)"
     )
 
@@ -127,14 +135,36 @@ def _require_planned(
         )
 
 
+def _check_names(importance: Importance, plan: Mapping[str, PlannedTensor]) -> None:
+    """Warn of weights that an importance matrix leaves out; raise where it has nothing for this model."""
+    wanted = [
+        name
+        for name, tensor in plan.items()
+        if tensor.type not in FLOAT_TYPES and name not in _WITHOUT_IMPORTANCE
+    ]
+    left_out = [name for name in wanted if name not in importance]
+    if wanted and len(left_out) == len(wanted):
+        raise ParameterError(
+            f"the importance matrix has nothing for any weight of this model, as {wanted[0]}"
+        )
+    if left_out:
+        logger.warning(
+            "the importance matrix has nothing for %d of %d weights: %s",
+            len(left_out),
+            len(wanted),
+            ", ".join(left_out[:3]),
+        )
+
+
 def _importance_of(name: str, importance: Importance | None, tensor: Tensor | QuantTensor) -> Tensor | None:
     """Return the importance of a weight's columns, None where the matrix has none for it."""
-    if importance is None or name in _WITHOUT_IMPORTANCE or name not in importance:
+    if importance is None or name not in importance or len(tensor.shape) < 2:
         return None
-    found = importance[name]
-    columns = (tensor.shape[-1],)
-    if tuple(found.shape) not in (columns, (*tensor.shape[:-2], *columns)):
+    found, (*experts, _, columns) = importance[name], tensor.shape
+    if tuple(found.shape) == (columns,):
+        return found
+    if found.numel() != prod(experts) * columns:
         raise ParameterError(
-            f"the importance matrix has {list(found.shape)} for {name}, whose rows have {columns[0]} columns"
+            f"the importance matrix has {list(found.shape)} for {name}, whose rows have {columns} columns"
         )
-    return found
+    return found.reshape(*experts, columns)

@@ -6,11 +6,12 @@ Which tensor gets which type: `quantize_mix.py`. Knows no files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from puna.errors import ParameterError
+from puna.errors import CheckpointError, ParameterError
 from puna.gguf_header import GGMLType
 from puna.model.config import LlamaConfig
 from puna.weights.gguf_export import gguf_shapes, gguf_tensors
@@ -19,6 +20,7 @@ from puna.weights.nf4 import FourBitTensor
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quantize_blocks import quantize
 from puna.weights.quantize_mix import FLOAT_TYPES, FileType, ModelShape, file_type, mix
+from puna.weights.quantize_super import to_half
 
 Packed = QuantTensor | FourBitTensor | Int8Tensor
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,31 +53,43 @@ def planned_shapes(expected: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def convert(
-    value: Tensor | QuantTensor, kind: GGMLType, importance: Tensor | None = None
+    path: Path,
+    name: str,
+    value: Tensor | QuantTensor,
+    kind: GGMLType,
+    importance: Tensor | None = None,
 ) -> Tensor | QuantTensor:
-    """Return a tensor as one of type `kind`: packed for a block type, else floats, not yet of that dtype.
+    """Return a tensor as one of type `kind`: packed for a block type, else floats.
 
-    `importance` is (row_length,), or (experts, row_length) for a stack.
+    `importance` is (row_length,), or (experts, row_length) for a stack. Raises CheckpointError naming `path`
+    and `name` for values that are not finite or too large.
     """
     if isinstance(value, QuantTensor):
         if value.type is kind:
             return value
         value = value.dequantize()
-    if kind in FLOAT_TYPES:
-        return value
-    if importance is None or importance.ndim == 1:
-        return quantize(value, kind, importance)
-    parts = [quantize(rows, kind, weights) for rows, weights in zip(value, importance, strict=True)]
+    try:
+        if kind in FLOAT_TYPES:
+            return to_half(value) if kind is GGMLType.F16 else value.to(_DTYPES[kind])
+        if importance is None or importance.ndim == 1:
+            return quantize(value, kind, importance)
+        parts = [quantize(rows, kind, weights) for rows, weights in zip(value, importance, strict=True)]
+    except ValueError as error:
+        raise CheckpointError(path, f"tensor {name} cannot be quantised: {error}") from None
     return QuantTensor(torch.stack([part.data for part in parts]), kind)
 
 
 def quantized_stream(
-    tensors: Iterable[tuple[str, Tensor | Packed]], config: LlamaConfig, expected: Shapes, wanted: FileType
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor | Packed]],
+    config: LlamaConfig,
+    expected: Shapes,
+    wanted: FileType,
 ) -> Iterator[tuple[str, Tensor | QuantTensor]]:
     """Yield the tensors of a checkpoint of floats, under our names, those that the mix quantises packed.
 
     A tensor whose shape is not the expected one is yielded as it is, for the loader to name. Raises
-    ParameterError where one is quantised already.
+    ParameterError where one is quantised already, CheckpointError for values that cannot be quantised.
     """
     kinds = mix(wanted, planned_shapes(expected), model_shape(config))
     for name, value in tensors:
@@ -84,14 +98,15 @@ def quantized_stream(
         if expected.get(name) != tuple(value.shape):
             yield name, value
         elif ".experts." in name:
-            yield from _packed_experts(name, value, config, kinds)
+            yield from _packed_experts(path, name, value, config, kinds)
         else:
             ((theirs, _),) = gguf_shapes(name, tuple(value.shape))
-            yield name, convert(value, kinds[theirs])
+            kind = kinds[theirs]
+            yield name, value if kind in FLOAT_TYPES else convert(path, name, value, kind)
 
 
 def _packed_experts(
-    name: str, value: Tensor, config: LlamaConfig, kinds: Mapping[str, GGMLType]
+    path: Path, name: str, value: Tensor, config: LlamaConfig, kinds: Mapping[str, GGMLType]
 ) -> Iterator[tuple[str, QuantTensor]]:
     """Yield gate, up or down of all experts, packed: (experts, out, in), as `QuantExperts` takes them."""
     prefix, _, projection = name.rpartition(".")
@@ -99,7 +114,7 @@ def _packed_experts(
     parts = gguf_tensors(name, value, config)
     for ours, (theirs, tensor) in zip(names, parts, strict=True):
         kind = kinds[theirs]
-        packed = convert(tensor, kind)
+        packed = convert(path, name, tensor, kind)
         if not isinstance(packed, QuantTensor):  # rows that no block fits
-            packed = QuantTensor(packed.to(_DTYPES[kind]).contiguous().view(torch.uint8), kind)
+            packed = QuantTensor(packed.contiguous().view(torch.uint8), kind)
         yield f"{prefix}.{ours}", packed

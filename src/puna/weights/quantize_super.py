@@ -46,7 +46,7 @@ def to_half(values: Tensor) -> Tensor:
     """Round to half precision; raises ValueError for what is beyond its range."""
     half = values.to(torch.float16)
     if not bool(half.isfinite().all()):
-        raise ValueError("weights are too large: their scale is beyond half precision")
+        raise ValueError("weights are too large: they or their scale are beyond half precision")
     return half
 
 
