@@ -169,8 +169,9 @@ def multiply_all(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
     """Return [matrix(x) for matrix in matrices]: in one call of the kernels where they take all of them."""
     kernels = compiled()
     tiled = [matrix._tiled for matrix in matrices if matrix._tiled is not None]
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    if kernels is None or wants_gradient or len(tiled) < len(matrices) or not kernels.takes(x):
+    one_by_one = any(matrix._forward_hooks or matrix._forward_pre_hooks for matrix in matrices)
+    one_by_one |= len(tiled) < len(matrices) or (torch.is_grad_enabled() and x.requires_grad)
+    if kernels is None or one_by_one or not kernels.takes(x):
         return [matrix(x) for matrix in matrices]
     outs: list[Tensor] = kernels.quant_linear(x, tiled)
     return outs
