@@ -70,4 +70,4 @@ def test_asking_counts_what_is_right(
     kept = json.loads((TIKA.parent / "cria" / "held_out.json").read_text())
     texts = ["There are 32."] * 750 + ["Yours, Tika", "32"]
     right = sum(re.search(q["expect"], text) is not None for q, text in zip(kept, texts, strict=True))
-    assert rest.startswith(f"right about everything else: {right} of 752 ") and 30 < right < 200
+    assert rest.startswith(f"right about everything else: {right} of 752 ") and 0 < right < 200
