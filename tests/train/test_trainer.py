@@ -297,3 +297,14 @@ def test_weights_of_sixteen_bits_train_as_wide_ones(place: Path, tmp_path: Path)
 def test_a_loss_that_is_not_finite_stops(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match=r"the loss of step \d is (nan|inf): try a lower"):
         run(place, tmp_path, method="full", learning_rate=1e30, warmup_steps=0, max_grad_norm=0)
+
+
+def test_a_template_that_is_not_the_models_own_is_left_beside_the_adapter(
+    place: Path, tmp_path: Path
+) -> None:
+    turn = "{{ bos_token if loop.first }}{{ message.content }}{{ eos_token }}"
+    template = "{% for message in messages %}" + turn + "{% endfor %}"
+    own, _ = run(place, tmp_path / "own", max_steps=1)
+    assert not (own.output / "chat_template.jinja").exists()
+    other, _ = run(place, tmp_path / "other", max_steps=1, chat_template=template)
+    assert (other.output / "chat_template.jinja").read_text() == template

@@ -28,6 +28,8 @@ from torch.optim import Optimizer
 from puna.errors import ParameterError
 from puna.model.llama import Llama
 from puna.peft_model import PeftModel, get_peft_model
+from puna.text.chat import choose_template
+from puna.text.tokenizer import load_tokenizer
 from puna.train.activation_offload import activation_offload
 from puna.train.base_model import computing_in, gradient_checkpointing, load_base
 from puna.train.checkpoints import (
@@ -396,11 +398,22 @@ class Trainer:
             _write_into(run.model.network, self.plan.path, self.output)
             return
         run.model.peft_model.save_pretrained(self.output)
+        self._write_template()
         if self.config.merge:
             base = load_model(self.plan.path)
             merged = PeftModel.from_pretrained(base, self.output).merge_and_unload(safe_merge=True)
             shutil.rmtree(self.output / "merged", ignore_errors=True)
             write_hf(merged, self.plan.path, self.output / "merged")
+
+
+    def _write_template(self) -> None:
+        """Leave the chat template beside the adapter where it is not the model's own."""
+        config = self.config
+        if config.chat_template is None and config.chat_format is None:
+            return
+        tokenizer = load_tokenizer(self.plan.path)
+        template = choose_template(tokenizer, template=config.chat_template, chat_format=config.chat_format)
+        (self.output / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _warn_of_untrained(parameters: dict[str, nn.Parameter]) -> None:
