@@ -11,6 +11,7 @@
 #include "cpu_features.h"
 #include "decoder_binding.h"
 #include "dense_linear_driver.h"
+#include "four_bit_binding.h"
 #include "huge_pages.h"
 #include "layer_ops_binding.h"
 #include "paged_attention_driver.h"
@@ -175,4 +176,5 @@ NB_MODULE(_cpu, m) {
            "chunk_size"_a, "threads"_a);
   bind_layer_ops(m);
   bind_decoder(m);
+  bind_four_bit(m);
 }

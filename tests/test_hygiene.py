@@ -28,8 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "locate": {"cria", "gguf_header"},
     "outputs": {"engine", "text"},
     "prompts": {"text_engine"},
-    "text_engine": {"outputs", "engine", "model", "text"},
-    "session": {"text_engine", "engine", "weights", "model", "text", "locate"},
+    "served_adapters": {"peft_model", "engine", "weights", "model"},
+    "export_check": {"text_engine", "engine", "peft_model", "weights", "model", "text"},
+    "text_engine": {"served_adapters", "outputs", "engine", "model", "text"},
+    "session": {"served_adapters", "text_engine", "engine", "weights", "model", "text", "locate"},
 }
 DOORS = {
     "async_llm",
@@ -106,6 +108,7 @@ def test_public_names() -> None:
         "EmbeddingOutput",
         "EmbeddingRequestOutput",
         "LLM",
+        "LoRARequest",
         "LoraConfig",
         "PeftModel",
         "PoolingOutput",

@@ -268,7 +268,7 @@ def test_chat_shows_the_rendered_prompt_and_takes_its_arguments_by_place(llm: LL
         llm.chat(messages, chat_template_content_format="string")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="add_special_tokens"):
         llm.chat(messages, chat_template="a", tokenization_kwargs={"add_special_tokens": True})
-    with pytest.raises(UnsupportedError, match="lora_request"):
+    with pytest.raises(ParameterError, match="lora_request"):
         llm.chat(messages, params, True, "adapter", chat_template="a")  # type: ignore[arg-type]
 
 

@@ -130,7 +130,7 @@ def test_equals_peft(name: str, tmp_path: Path) -> None:
     same_files(theirs, ours, tmp_path)
     if "bias" not in settings and "pissa" not in name and name != "olora":
         with ours.disable_adapter():
-            torch.testing.assert_close(logits(ours), base, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(logits(ours), base, atol=1e-5, rtol=1e-5)
     adapted = logits(ours).detach()
     merged = ours.merge_and_unload(safe_merge=True)
     assert isinstance(merged, CausalLM)
@@ -317,7 +317,7 @@ def test_several_adapters(ours: PeftModel, tmp_path: Path) -> None:
     assert (tmp_path / "second" / "adapter_model.safetensors").is_file()
     other = PeftModel.from_pretrained(CausalLM(puna_twin(hf_llama())), tmp_path)
     other.load_adapter(tmp_path / "second", "x")
-    assert torch.equal(logits(other), first)
+    torch.testing.assert_close(logits(other), first, atol=1e-5, rtol=1e-5)
     other.set_adapter("x")
     assert torch.equal(logits(other), second)
     theirs = peft.PeftModel.from_pretrained(hf_llama(), tmp_path)

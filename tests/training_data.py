@@ -28,6 +28,26 @@ def write_data(folder: Path, *, rows: int = 12, seed: int = 0) -> Path:
     return path
 
 
+def write_pairs(folder: Path, rows: int = 9) -> Path:
+    """Write a JSONL file of pairs of answers."""
+    draw = random.Random(1)
+
+    def words() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
+
+    path = folder / "pairs.jsonl"
+    lines = [
+        {
+            "prompt": [{"role": "user", "content": words()}],
+            "chosen": [{"role": "assistant", "content": words() + " llama"}],
+            "rejected": [{"role": "assistant", "content": words() + " user"}],
+        }
+        for _ in range(rows)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
     """Make a training of a few steps; the model is written into `folder` unless it is there."""
     model = folder / "model"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from puna.peft_model import get_peft_model as get_peft_model
     from puna.prompts import TextPrompt as TextPrompt
     from puna.prompts import TokensPrompt as TokensPrompt
+    from puna.served_adapters import LoRARequest as LoRARequest
     from puna.train.train_config import TrainConfig as TrainConfig
     from puna.train.trainer import Trainer as Trainer
 
@@ -45,6 +46,7 @@ _PUBLIC = {
     "EmbeddingOutput": "puna.outputs",
     "EmbeddingRequestOutput": "puna.outputs",
     "LLM": "puna.llm",
+    "LoRARequest": "puna.served_adapters",
     "LoraConfig": "puna.model.lora_config",
     "PeftModel": "puna.peft_model",
     "PoolingOutput": "puna.outputs",
@@ -72,6 +74,7 @@ __all__ = [
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "LLM",
+    "LoRARequest",
     "LoraConfig",
     "PeftModel",
     "PoolingOutput",

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from puna.engine.sampling import RequestOutputKind, SamplingParams
 from puna.errors import ParameterError
 from puna.outputs import RequestOutput
+from puna.served_adapters import LoRARequest
 from puna.text_engine import PreparedRequest, TextEngine
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,12 @@ class AsyncLLM:
         *,
         priority: int = 0,
         salt: bytes = b"",
+        lora_request: LoRARequest | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request as it grows, last when it has finished.
 
-        What came between two reads comes as one output.
+        What came between two reads comes as one output. An adapter that is not loaded yet is read beside the
+        engine's steps.
         Raises ParameterError where `LLMEngine.add` does, EngineDeadError when the engine has died.
         """
         if not self.is_alive:
@@ -111,7 +114,9 @@ class AsyncLLM:
         if self._preparing.setdefault(request_id, stream) is not stream:
             raise ParameterError(f"a request {request_id!r} is running already")
         try:
-            request = await asyncio.to_thread(self.text_engine.prepare, prompt, params)
+            request = await asyncio.to_thread(
+                self.text_engine.prepare, prompt, params, lora_request=lora_request
+            )
             self._commands.put(lambda: self._add(request_id, stream, request, priority, salt))
         finally:
             del self._preparing[request_id]

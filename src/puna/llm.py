@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from puna.llm_arguments import (
     check_quantization,
     check_structured_outputs,
     dtype_of,
+    make_adapters,
     make_proposer,
     pooling_of,
     refuse_unknown,
@@ -44,6 +46,7 @@ from puna.outputs import (
     name_logprobs,
 )
 from puna.prompts import Prompt, cache_salt, list_prompts, read_prompt
+from puna.served_adapters import LoRARequest
 from puna.text.chat import encode_chat
 from puna.text.tokenizer import Tokenizer, load_tokenizer
 from puna.text_engine import TextEngine
@@ -54,6 +57,7 @@ logger = logging.getLogger(__name__)
 Messages = Sequence[Mapping[str, Any]]
 UseTqdm = bool | Callable[..., Any]  # a callable makes the bar
 ManyParams = SamplingParams | Sequence[SamplingParams] | None
+ManyAdapters = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 class LLM:
@@ -83,6 +87,10 @@ class LLM:
         spec_tokens: int | None = None,
         structured_outputs_config: Mapping[str, Any] | None = None,
         pooler_config: Mapping[str, Any] | None = None,
+        enable_lora: bool = False,
+        max_loras: int = 1,
+        max_lora_rank: int = 16,
+        max_cpu_loras: int | None = None,
         generation_config: str = "auto",
         override_generation_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
@@ -93,6 +101,8 @@ class LLM:
 
         `quantization` ("q4_k_m", "q8_0", ...) quantises weights while they are loaded. `max_model_len` is the
         model's context by default, or with -1, and lowered to what the cache holds.
+        With `enable_lora` requests may name adapters: `max_loras` different ones in a batch, of at most
+        `max_lora_rank`; of those that no request uses `max_cpu_loras` stay in memory (default: max_loras).
         `others` are arguments of vLLM's that may only say what Puna does anyway (`llm_arguments`); raises
         UnsupportedError naming one that it does not have.
         """
@@ -120,10 +130,12 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             max_logprobs=max_logprobs,
             seed=seed,
+            max_loras=max_loras if enable_lora else None,
         )
+        adapters = make_adapters(network, enable_lora, max_loras, max_lora_rank, max_cpu_loras)
         speculative = speculative_of(speculative_config, spec_method, spec_model, spec_tokens)
         proposer = make_proposer(speculative, network, on)
-        self.text_engine = TextEngine(network, self._tokenizer, config, proposer=proposer)
+        self.text_engine = TextEngine(network, self._tokenizer, config, proposer=proposer, adapters=adapters)
         if self._defaults:
             logger.info("sampling defaults of the model: %s", self._defaults)
         self._chat_template = chat_template
@@ -136,7 +148,7 @@ class LLM:
         sampling_params: ManyParams = None,
         *,
         use_tqdm: UseTqdm = True,
-        lora_request: None = None,
+        lora_request: ManyAdapters = None,
         priority: Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
@@ -145,9 +157,10 @@ class LLM:
 
         Without params the model's own are used (`get_default_sampling_params`). Text gets a BOS, and the
         names of special tokens in it become these tokens; `tokenization_kwargs` may say otherwise
-        (`add_special_tokens`, `split_special_tokens`, `truncate_prompt_tokens`).
+        (`add_special_tokens`, `split_special_tokens`, `truncate_prompt_tokens`). `lora_request` is the
+        adapter of all prompts, or a list with the adapter of each, None for the model alone.
         """
-        _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        _refuse(mm_processor_kwargs=mm_processor_kwargs)
         listed = list_prompts(prompts)
         params = self._params_for(sampling_params, len(listed))
         urgencies = [0] * len(listed) if priority is None else list(priority)
@@ -155,9 +168,10 @@ class LLM:
             raise ParameterError(f"{len(urgencies)} priorities do not fit {len(listed)} prompts")
         if priority is not None and self.text_engine.engine.config.policy != "priority":
             raise ParameterError("priority needs LLM(scheduling_policy='priority')")
+        adapters = self._adapters_for(lora_request, len(listed))
         ids: list[str] = []
         try:
-            for one in zip(listed, params, urgencies, strict=True):
+            for one in zip(listed, params, urgencies, adapters, strict=True):
                 ids.append(self._add(*one, tokenization_kwargs))
             return self._run(ids, use_tqdm)
         finally:
@@ -169,7 +183,7 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling_params: ManyParams = None,
         use_tqdm: UseTqdm = True,
-        lora_request: None = None,
+        lora_request: ManyAdapters = None,
         priority: Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: Literal["auto"] = "auto",
@@ -220,7 +234,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         use_tqdm: UseTqdm = False,
         concurrency_limit: int | None = None,
         priority: None = None,
@@ -229,7 +243,7 @@ class LLM:
 
         One prompt is searched at a time, which is within every `concurrency_limit`.
         """
-        _refuse(lora_request=lora_request, priority=priority)
+        _refuse(priority=priority)
         if not isinstance(params, BeamSearchParams):
             raise ParameterError(f"beam_search takes BeamSearchParams, not {type(params).__name__}")
         if concurrency_limit is not None and concurrency_limit < 1:
@@ -238,11 +252,14 @@ class LLM:
         listed = list_prompts(prompts)
         with _bar(use_tqdm, total=len(listed), desc="Beam search") as bar:
             for prompt in listed:
-                outputs.append(BeamSearchOutput(self._beams(prompt, params)))
+                outputs.append(BeamSearchOutput(self._beams(prompt, params, lora_request)))
                 bar.update()
         return outputs
 
-    def _beams(self, prompt: Prompt, params: BeamSearchParams) -> list[BeamSearchSequence]:
+    def _beams(
+        self, prompt: Prompt, params: BeamSearchParams, lora_request: LoRARequest | None
+    ) -> list[BeamSearchSequence]:
+        adapter = self.text_engine.adapter_of(lora_request)
         _, ids = read_prompt(self.text_engine, prompt)
         wanted = params.structured_outputs
         grammar = None if wanted is None else self.text_engine.compile_grammar(wanted)
@@ -256,8 +273,9 @@ class LLM:
                 text=self._tokenizer.decode(beam.token_ids, skip_special_tokens=params.skip_special_tokens),
                 finish_reason=beam.finish_reason,
                 stop_reason=beam.stop_id,
+                lora_request=lora_request,
             )
-            for beam in beam_search(engine, ids, params, grammar=grammar, num_token_ids=size)
+            for beam in beam_search(engine, ids, params, grammar=grammar, num_token_ids=size, adapter=adapter)
         ]
 
     def encode(
@@ -266,12 +284,11 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         *,
         use_tqdm: UseTqdm = True,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         pooling_task: str | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Return hidden states: a vector of each prompt ("embed"), or one of each token ("token_embed")."""
-        _refuse(lora_request=lora_request)
         params = pooling_params or PoolingParams()
         task = PoolingParams(task=pooling_task or params.task).task
         if task is None:
@@ -279,7 +296,7 @@ class LLM:
         pooling: Pooling = "all" if task == "token_embed" else self._pooling
         listed = [read_prompt(self.text_engine, p, tokenization_kwargs)[1] for p in list_prompts(prompts)]
         normalize = self._normalize if params.use_activation is None else params.normalize
-        return self._pool(listed, pooling, normalize, use_tqdm)
+        return self._pool(listed, pooling, normalize, use_tqdm, lora_request)
 
     def embed(
         self,
@@ -287,7 +304,7 @@ class LLM:
         *,
         use_tqdm: UseTqdm = True,
         pooling_params: PoolingParams | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         pooling: Literal["last", "mean"] | None = None,
         normalize: bool | None = None,
@@ -296,7 +313,6 @@ class LLM:
 
         `pooling` and `normalize` go before `pooling_params` and the `pooler_config` of the constructor.
         """
-        _refuse(lora_request=lora_request)
         params = pooling_params or PoolingParams()
         if params.task not in (None, "embed"):
             raise ParameterError(f"embed does not do the task {params.task!r}: use encode")
@@ -307,7 +323,7 @@ class LLM:
             EmbeddingRequestOutput(
                 found.request_id, EmbeddingOutput(found.outputs.data.tolist()), found.prompt_token_ids
             )
-            for found in self._pool(listed, pooling or self._pooling, normalize, use_tqdm)
+            for found in self._pool(listed, pooling or self._pooling, normalize, use_tqdm, lora_request)
         ]
 
     def score(
@@ -318,12 +334,12 @@ class LLM:
         *,
         use_tqdm: UseTqdm = True,
         pooling_params: PoolingParams | None = None,
-        lora_request: None = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: None = None,
     ) -> list[ScoringRequestOutput]:
         """Return the cosine similarity of pairs of prompts; one against many is allowed."""
-        _refuse(chat_template=chat_template, lora_request=lora_request)
+        _refuse(chat_template=chat_template)
         if pooling_params is not None and pooling_params.use_activation is not None:
             raise UnsupportedError("use_activation: a score is the cosine of two vectors in any case")
         left, right = list_prompts(data_1), list_prompts(data_2)
@@ -332,7 +348,11 @@ class LLM:
         if len(left) != len(right):
             raise ParameterError(f"{len(left)} and {len(right)} texts do not pair: give one or as many")
         found = self.embed(
-            [*left, *right], use_tqdm=use_tqdm, tokenization_kwargs=tokenization_kwargs, normalize=True
+            [*left, *right],
+            use_tqdm=use_tqdm,
+            tokenization_kwargs=tokenization_kwargs,
+            normalize=True,
+            lora_request=lora_request,
         )
         outputs: list[ScoringRequestOutput] = []
         for one, other in zip(found[: len(left)], found[len(left) :], strict=True):
@@ -375,24 +395,56 @@ class LLM:
             raise ParameterError(f"{len(listed)} sampling params do not fit {count} prompts")
         return listed
 
+    def _adapters_for(self, requests: ManyAdapters, count: int) -> list[LoRARequest | None]:
+        """Return the adapter of each prompt; one that is to be read again is read once for all of them."""
+        if requests is None or isinstance(requests, LoRARequest):
+            requests = [requests] * count
+        if not isinstance(requests, Sequence) or isinstance(requests, str):
+            raise ParameterError(f"lora_request must be a LoRARequest or a list of them, got {requests!r}")
+        if len(requests) != count:
+            raise ParameterError(f"{len(requests)} lora requests do not fit {count} prompts")
+        read = dict.fromkeys(one for one in requests if one is not None)
+        for one in read:
+            self.text_engine.adapter_of(one)
+        return [None if one is None else replace(one, load_inplace=False) for one in requests]
+
     def _pool(
-        self, listed: list[list[int]], pooling: Pooling, normalize: bool, use_tqdm: UseTqdm
+        self,
+        listed: list[list[int]],
+        pooling: Pooling,
+        normalize: bool,
+        use_tqdm: UseTqdm,
+        lora_request: LoRARequest | None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        engine = self.text_engine.engine
+        engine, adapter = self.text_engine.engine, self.text_engine.adapter_of(lora_request)
         outputs: list[PoolingRequestOutput[PoolingOutput]] = []
         with _bar(use_tqdm, total=len(listed), desc="Pool") as bar:
             for ids in listed:
-                data = pool(engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len)
+                with engine.runner.adapted([adapter], [len(ids)]):
+                    data = pool(engine.model, ids, pooling, normalize=normalize, max_len=engine.max_model_len)
                 outputs.append(PoolingRequestOutput(str(len(outputs)), PoolingOutput(data), ids))
                 bar.update()
         return outputs
 
     def _add(
-        self, prompt: Prompt, params: SamplingParams, priority: int, options: Mapping[str, Any] | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        lora_request: LoRARequest | None,
+        options: Mapping[str, Any] | None,
     ) -> str:
         request_id = str(self._count)
         text, ids = read_prompt(self.text_engine, prompt, options)
-        self.text_engine.add(request_id, ids, params, priority=priority, salt=cache_salt(prompt), text=text)
+        self.text_engine.add(
+            request_id,
+            ids,
+            params,
+            priority=priority,
+            salt=cache_salt(prompt),
+            text=text,
+            lora_request=lora_request,
+        )
         self._count += 1
         return request_id
 

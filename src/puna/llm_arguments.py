@@ -18,6 +18,7 @@ from puna.errors import ParameterError, UnsupportedError
 from puna.gguf_header import list_ggufs
 from puna.locate import find_model, listed_sampling
 from puna.model.llama import Llama
+from puna.served_adapters import AdapterStore
 from puna.weights.loader import load_model
 from puna.weights.quantize_load import block_file_type
 
@@ -36,14 +37,15 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "distributed_executor_backend": (None, "uni"),
     "download_dir": (None,),
     "enable_chunked_prefill": (True, None),
-    "enable_lora": (False,),
     "enable_sleep_mode": (False,),
     "enforce_eager": (True, False),  # there are no captured graphs to do without
+    "fully_sharded_loras": (False,),
     "hf_overrides": (None, {}),
     "hf_token": (None,),
     "limit_mm_per_prompt": (None, {}),
     "load_format": ("auto",),
     "logits_processors": (None, []),
+    "lora_dtype": ("auto", "float32"),
     "mm_processor_kwargs": (None, {}),
     "pipeline_parallel_size": (1,),
     "profiler_config": (None,),
@@ -151,6 +153,19 @@ def speculative_of(
     if config is not None and given:
         raise ParameterError("give speculative_config or spec_method, spec_model and spec_tokens, not both")
     return config if config is not None else given or None
+
+
+def make_adapters(
+    network: Llama, enable_lora: bool, max_loras: int, max_lora_rank: int, max_cpu_loras: int | None
+) -> AdapterStore | None:
+    """Make what reads the adapters of requests, None where there shall be none."""
+    if enable_lora:
+        return AdapterStore(
+            network, max_loras=max_loras, max_lora_rank=max_lora_rank, max_cpu_loras=max_cpu_loras
+        )
+    if (max_loras, max_lora_rank, max_cpu_loras) != (1, 16, None):
+        raise ParameterError("max_loras, max_lora_rank and max_cpu_loras need enable_lora=True")
+    return None
 
 
 def make_proposer(config: Mapping[str, Any] | None, model: Llama, device: str) -> Proposer | None:

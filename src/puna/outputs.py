@@ -345,8 +345,10 @@ class RequestOutputs:
         params: SamplingParams,
         *,
         continues: bool,
+        lora_request: Any = None,
     ) -> None:
         self.request_id = request_id
+        self.lora_request = lora_request
         self._continues = continues
         self.prompt = prompt
         self.params = params
@@ -395,6 +397,7 @@ class RequestOutputs:
             outputs=outputs,
             finished=self.finished,
             metrics=self._stats([text.sequence for text in texts]),
+            lora_request=self.lora_request,
             num_cached_tokens=first.num_cached,
         )
 
@@ -419,6 +422,7 @@ class RequestOutputs:
             logprobs=logprobs,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
+            lora_request=self.lora_request,
         )
 
     def _stats(self, sequences: SequenceOf[Sequence]) -> RequestStateStats:

@@ -33,10 +33,9 @@ from puna.model.lora import (
 from puna.model.lora_combine import KINDS, combined_config, fill_combined
 from puna.model.lora_config import LoraConfig
 from puna.model.lora_layers import LoraEmbedding, LoraLayer
-from puna.model.lora_switch import SavedModule, TrainableTokens
 from puna.weights.adapter_files import write_adapter, write_text
 from puna.weights.adapter_import import read_any_adapter
-from puna.weights.files import list_names
+from puna.weights.adapter_open import fitting_places
 from puna.weights.quant import num_packed
 
 logger = logging.getLogger(__name__)
@@ -90,10 +89,26 @@ class PeftModel(nn.Module):
         """
         base = getattr(getattr(model, "llama", model), "config", None)
         config, tensors = read_any_adapter(model_id, base)
+        return cls.from_tensors(
+            model, config, tensors, adapter_name, source=model_id, is_trainable=is_trainable
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        model: Any,
+        config: LoraConfig,
+        tensors: Mapping[str, Tensor],
+        adapter_name: str = "default",
+        *,
+        source: Path | str,
+        is_trainable: bool = False,
+    ) -> Self:
+        """Put an adapter that was read from `source` into `model`; raises as `from_pretrained` does."""
         config = dataclasses.replace(config, inference_mode=not is_trainable)
         peft_model = cls(model, config, adapter_name, to_load=True)
         try:
-            peft_model._fill(adapter_name, tensors, model_id)
+            peft_model._fill(adapter_name, tensors, source)
         except CheckpointError:
             take_out(peft_model.network, [])
             raise
@@ -322,38 +337,10 @@ class PeftModel(nn.Module):
 
     def _fill(self, adapter: str, tensors: Mapping[str, Tensor], source: Path | str) -> None:
         """Copy read tensors into an adapter, and saved base tables and biases into the base."""
-        expected = adapter_state(self.network, adapter)
-        places = {**self._base_places(adapter), **expected}
-        missing = [name for name in expected if name not in tensors]
-        unexpected = [name for name in tensors if name not in places]
-        misshapen = [
-            f"{name} (expected {list(places[name].shape)}, got {list(tensor.shape)})"
-            for name, tensor in tensors.items()
-            if name in places and places[name].shape != tensor.shape
-        ]
-        problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}
-        text = [f"{kind}: {list_names(names)}" for kind, names in problems.items() if names]
-        if text:
-            raise CheckpointError(source, f"its tensors do not fit the model; {'; '.join(text)}")
+        places = fitting_places(self.network, adapter, self.peft_config, tensors, source)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 places[name].copy_(tensor)
-
-    def _base_places(self, adapter: str) -> dict[str, Tensor]:
-        """Return what an adapter's file may change of the base: the embedding, the head, trained biases."""
-        places = {}
-        for name in ("model.embed_tokens", "lm_head"):
-            module: Any = self.network.get_submodule("model").embed_tokens
-            if name == "lm_head" and self.network.lm_head is not None:
-                module = self.network.lm_head
-            wrapped = isinstance(module, LoraLayer)
-            weight = getattr(module.base_layer if wrapped else module, "weight", None)
-            if isinstance(weight, Tensor) and not isinstance(module, SavedModule | TrainableTokens):
-                places[f"{name}.base_layer.weight" if wrapped else f"{name}.weight"] = weight
-        for name, biases in base_biases(self.network, self.peft_config):
-            if name == adapter:
-                places.update(biases)
-        return places
 
     def _switch(self) -> None:
         switch(self.network, self.peft_config, self.active_adapters, enabled=self._enabled)

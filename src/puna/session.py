@@ -6,6 +6,7 @@ what is new.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from puna.engine.sampling import SamplingParams
     from puna.model import Llama
     from puna.text.tokenizer import Tokenizer
+    from puna.weights.adapter_open import OpenedAdapter
 
 
 @dataclass
@@ -35,10 +37,13 @@ class Usage:
 class Session:
     """Hold a model, its tokenizer, and an engine for one request at a time."""
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Llama, tokenizer: Tokenizer, *, adapter: OpenedAdapter | None = None) -> None:
+        """Take a model, and the adapter that all its answers shall have."""
         from puna.engine.llm_engine import EngineConfig
+        from puna.served_adapters import put_in
         from puna.text_engine import TextEngine
 
+        self._adapter = None if adapter is None else put_in(adapter, model)
         self.model = model
         self.tokenizer = tokenizer
         self.usage = Usage()
@@ -52,13 +57,15 @@ class Session:
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: str = "cpu",
         quantize: str | None = None,
+        adapter: Path | str | None = None,
     ) -> Callable[[], Session]:
         """Read all but the weights of a path that `find_model` gave; return what loads those, and opens it.
 
         Most of what can be wrong with a model is found here, before any memory is needed. `quantize` is what
-        `load_model` takes.
+        `load_model` takes, `adapter` the folder of one.
         """
         from puna.text.tokenizer import load_tokenizer
+        from puna.weights.adapter_open import open_adapter
         from puna.weights.loader import load_model, open_checkpoint
         from puna.weights.quantize_load import block_file_type
 
@@ -66,7 +73,10 @@ class Session:
             block_file_type(quantize)  # raises for an unknown one
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
-        return lambda: cls(load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer)
+        opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
+        return lambda: cls(
+            load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer, adapter=opened
+        )
 
     @property
     def context_length(self) -> int:
@@ -82,7 +92,11 @@ class Session:
         """
         self.usage = usage = Usage(prompt_tokens=len(prompt_ids))
         began = time.monotonic()
-        request = self._engine.add("session", prompt_ids, params, continues=continues)
+        request = self._engine.add_prepared(
+            "session",
+            dataclasses.replace(self._engine.prepare(prompt_ids, params), adapter=self._adapter),
+            continues=continues,
+        )
         shown = 0
         try:
             while self._engine.has_unfinished:

@@ -17,7 +17,9 @@ from puna.engine.sampling import SamplingParams, StructuredOutputsParams
 from puna.engine.speculative import Proposer
 from puna.errors import ParameterError
 from puna.model.llama import Llama
+from puna.model.lora_serving import ServedAdapter
 from puna.outputs import RequestOutputs
+from puna.served_adapters import AdapterStore, LoRARequest
 from puna.text.grammar import GrammarCompiler, TokenGrammar
 from puna.text.tokenizer import Tokenizer
 
@@ -32,6 +34,8 @@ class PreparedRequest:
     token_ids: list[int]
     params: SamplingParams
     grammar: TokenGrammar | None
+    lora_request: LoRARequest | None = None
+    adapter: ServedAdapter | None = None
 
 
 class TextEngine:
@@ -47,8 +51,11 @@ class TextEngine:
         config: EngineConfig | None = None,
         *,
         proposer: Proposer | None = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
+        """Make the engine; with `adapters`, requests may name theirs."""
         self.tokenizer = tokenizer
+        self.adapters = adapters
         ends = {*tokenizer.eos_token_ids, *model.config.eos_token_ids}
         self.end_ids = frozenset(i for i in ends if 0 <= i < model.config.vocab_size)
         self.engine = LLMEngine(
@@ -70,9 +77,15 @@ class TextEngine:
         return self.engine.has_unfinished
 
     def prepare(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, text: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        text: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> PreparedRequest:
-        """Do what takes long before a request can be added: encode its texts, compile its grammar.
+        """Do what takes long before a request can be added: encode its texts, compile its grammar, read its
+        adapter.
 
         Any thread may call it, also during a step. Raises ParameterError as `add` does.
         """
@@ -86,7 +99,24 @@ class TextEngine:
         wanted = params.structured_outputs
         grammar = None if wanted is None else self.compile_grammar(wanted)
         text = prompt if isinstance(prompt, str) else text
-        return PreparedRequest(text=text, token_ids=ids, params=params, grammar=grammar)
+        return PreparedRequest(
+            text=text,
+            token_ids=ids,
+            params=params,
+            grammar=grammar,
+            lora_request=lora_request,
+            adapter=self.adapter_of(lora_request),
+        )
+
+    def adapter_of(self, request: LoRARequest | None) -> ServedAdapter | None:
+        """Return the adapter that a request names, read if it must be; None for the model alone."""
+        if request is None:
+            return None
+        if not isinstance(request, LoRARequest):
+            raise ParameterError(f"lora_request must be a LoRARequest, got {request!r}")
+        if self.adapters is None:
+            raise ParameterError(f"lora_request {request.lora_name!r} needs LLM(enable_lora=True)")
+        return self.adapters.load(request)
 
     def add(
         self,
@@ -98,6 +128,7 @@ class TextEngine:
         salt: bytes = b"",
         continues: bool | None = None,
         text: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> RequestOutputs:
         """Queue a request; text gets the tokenizer's BOS. Raises ParameterError if it can never run.
 
@@ -105,7 +136,7 @@ class TextEngine:
         `continues` says whether the answer goes on in the middle of a text; by default it does where the
         prompt holds more than special tokens.
         """
-        prepared = self.prepare(prompt, params, text=text)
+        prepared = self.prepare(prompt, params, text=text, lora_request=lora_request)
         return self.add_prepared(request_id, prepared, priority=priority, salt=salt, continues=continues)
 
     def add_prepared(
@@ -119,10 +150,25 @@ class TextEngine:
     ) -> RequestOutputs:
         """Queue what `prepare` returned; see `add`."""
         ids, params = request.token_ids, request.params
-        self.engine.add(request_id, ids, params, priority=priority, salt=salt, grammar=request.grammar)
+        self.engine.add(
+            request_id,
+            ids,
+            params,
+            priority=priority,
+            salt=salt,
+            grammar=request.grammar,
+            adapter=request.adapter,
+        )
         if continues is None:
             continues = not self._special_ids.issuperset(ids)
-        outputs = RequestOutputs(request_id, request.text, self.tokenizer, params, continues=continues)
+        outputs = RequestOutputs(
+            request_id,
+            request.text,
+            self.tokenizer,
+            params,
+            continues=continues,
+            lora_request=request.lora_request,
+        )
         self._requests[request_id] = outputs
         return outputs
 

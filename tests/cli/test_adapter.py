@@ -1,4 +1,4 @@
-"""`puna adapter`: inspect, convert and merge, on stories260k, read again by PEFT and Transformers."""
+"""`puna adapter` and `puna merge` on stories260k, read again by PEFT and Transformers."""
 
 from __future__ import annotations
 
@@ -83,10 +83,11 @@ def test_convert(stories: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of Transformers
-def test_merge(trained: PeftModel, folder: Path, tmp_path: Path) -> None:
+def test_merge(trained: PeftModel, folder: Path, stories: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
     out = tmp_path / "merged"
-    assert invoke("merge", folder, out).exit_code == 0
+    done = CliRunner().invoke(app, ["merge", str(stories / "hf"), str(folder), str(out)], prog_name="puna")
+    assert "checked: 4 answers of 128 tokens are the same" in done.stdout
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     expected = logits(trained.eval())
     torch.testing.assert_close(logits(theirs), expected, atol=2e-4, rtol=1e-4)

@@ -74,7 +74,8 @@ def test_a_training_from_a_file_and_flags(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"neftune_noise_alpha": 5}, UnsupportedError, "neftune_noise_alpha is not supported"),
+        ({"loss_type": "hinge"}, UnsupportedError, "loss_type is not supported"),
+        ({"optim": "adamw_8bit", "device": "cpu"}, UnsupportedError, "optim 'adamw_8bit' is bitsandbytes'"),
         ({"learning_rat": 5}, ParameterError, "no setting 'learning_rat': did you mean 'learning_rate'?"),
         ({"learning_rate": "fast"}, ParameterError, "learning_rate must be"),
         ({"max_steps": True}, ParameterError, "True is given where"),
@@ -115,9 +116,54 @@ def test_preview_marks_what_is_trained(model: Path, tmp_path: Path) -> None:
     result = invoke("data", "preview", file, "--model", model, "--rows", "2")
     first, second = result.stdout.split(f"{file}:")[1:]
     assert first.startswith("1: ") and f">>>a llama{EOT}<<<" in first and "user" in first
-    assert f">>>hello{EOT}<<<" in second and "2 of 3 rows: " in second
+    assert f">>>hello{EOT}<<<" in second and "2 of 3 rows: " in second and "lengths: " in second
     colored = invoke("data", "preview", file, "--model", model, "--rows", "1", "--color").stdout
     assert f"\x1b[32ma llama{EOT}\x1b[0m" in colored
     assert isinstance(
         invoke("data", "preview", file, "--model", model, "--rows", "-1").exception, ParameterError
     )
+
+
+def test_preview_begins_anywhere_and_shows_where_rows_are_cut(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("hello", "to the user", "why?")))
+    shown = invoke("data", "preview", file, "--model", model, "--start", "2", "--max-length", "3").stdout
+    assert "hello" not in shown and f"{file}:2: " in shown and f"{file}:3: " in shown
+    tokens = int(shown.split(":2: ")[1].split()[0])
+    assert f"<<<[cut: {tokens - 3} more tokens]" in shown
+    assert "2 of 3 rows: " in shown and "2 longer than 3 tokens" in shown
+    beyond = invoke("data", "preview", file, "--model", model, "--start", "4").exception
+    assert isinstance(beyond, ParameterError) and "start is 4, and " in str(beyond)
+
+
+def test_preview_names_the_answers_of_a_pair(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"prompt": "why", "chosen": " llama", "rejected": " hello"}))
+    shown = invoke("data", "preview", file, "--model", model).stdout
+    assert f"{file}:1, chosen: " in shown and f"{file}:1, rejected: " in shown
+    assert f">>> llama{EOT}<<<" in shown and f">>> hello{EOT}<<<" in shown and "1 of 1 rows" in shown
+
+
+def test_a_dry_run_estimates_the_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puna.train.time_estimate.estimate_seconds", lambda plan: 123.4)
+    arguments = ("train", "--model", model, "--data", write_data(tmp_path), "--output", tmp_path / "out")
+    result = invoke(*arguments, "--dry-run", "--device", "cpu")
+    assert table(result.stdout)["time"] == "about 2:03, an estimate from one layer, measured now"
+    monkeypatch.setattr("puna.train.time_estimate.estimate_seconds", lambda plan: None)
+    shown = invoke(*arguments, "--dry-run", "--device", "cpu").stdout
+    assert table(shown)["time"] == "not estimated; the first steps tell"
+
+
+def test_samples_and_measurements_are_printed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke(
+        "train", "--model", model, "--data", write_data(tmp_path), "--output", out, "--device", "cpu",
+        "--max-steps", "2", "--eval-split", "0.3", "--eval-steps", "1", "--eval-on-start", "--sample-prompts",
+        "hello", "--sample-max-tokens", "3",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    measured = [line.split()[1] for line in lines if line.startswith("step ") and "  measured  " in line]
+    assert measured == ["0/2", "1/2", "2/2"]
+    assert len([line for line in lines if "  sample  hello  ->  " in line]) == 3
+    assert lines[-2].startswith(f"report: {out / 'report.html'}") and lines[-1].startswith("wrote ")

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from puna import LoraConfig, get_peft_model
 from puna.engine.compiled_decoder import CompiledDecoder
+from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.paged_cache import PagedAttention, PagedKVCache
+from puna.engine.sampling import SamplingParams
 from puna.gguf_header import GGMLType
 from puna.kernels import compiled
 from puna.model import Llama
+from puna.model.lora_serving import LowRank, ServedAdapter
 from puna.weights.packed_matrix import QuantTensor
 from puna.weights.quant import QuantLinear, swap_in
 
@@ -131,6 +134,32 @@ def test_notices_that_the_model_has_changed(change: Callable[[Llama], object]) -
     assert decoder is not None and decoder.takes(attention, 5)
     change(model)
     assert not decoder.takes(attention, 5)
+
+
+@torch.inference_mode()
+def test_looks_behind_what_serves_adapters_and_leaves_their_rows_to_it() -> None:
+    model = quantized()
+    engine = LLMEngine(model, EngineConfig(num_blocks=16, enable_prefix_caching=False))
+    change = LowRank(torch.randn(2, 64), torch.randn(64, 2), 1.0)
+    adapter = ServedAdapter(name="a", key=b"a", changes={"model.layers.0.self_attn.q_proj": (change,)})
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+    def answer(chosen: ServedAdapter | None, *, compiled_too: bool) -> list[int]:
+        decoder, found = engine.runner._decoder, []
+        engine.runner._decoder = decoder if compiled_too else None
+        engine.add("x", [5, 7, 11], params, adapter=chosen)
+        while engine.has_unfinished:
+            found += [token for output in engine.step() for token in output.new_token_ids]
+        engine.runner._decoder = decoder
+        return found
+
+    plain = answer(None, compiled_too=True)
+    adapted = answer(adapter, compiled_too=True)
+    assert adapted != plain
+    assert adapted == answer(adapter, compiled_too=False)
+    assert plain == answer(None, compiled_too=True) == answer(None, compiled_too=False)
+    attention = PagedAttention(engine.runner.cache, [[0]], [0], [5])
+    assert engine.runner._decoder is not None and engine.runner._decoder.takes(attention, 5)
 
 
 def test_a_cache_of_fp8_is_left_to_the_modules() -> None:

@@ -56,6 +56,32 @@ def test_answers_with_their_end_are_trained(tokenizer: Tokenizer) -> None:
     assert example.ids[:start] == encode_chat(tokenizer, CHAT[:2])
 
 
+@pytest.mark.filterwarnings("ignore")  # of Transformers
+@pytest.mark.parametrize("count", [3, 5])
+def test_marks_are_those_of_a_template_with_generation_blocks(tmp_path: Path, count: int) -> None:
+    """TRL's labels come from these masks; its templates for training put the end token into the block."""
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(save_tokenizer(tmp_path))
+    header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    template = (
+        "{{- bos_token }}{%- for message in messages %}{{- " + header + " }}"
+        "{%- if message['role'] == 'assistant' %}"
+        "{% generation %}{{- message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{%- else %}{{- message['content'] | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}"
+    )
+    found = theirs.apply_chat_template(
+        CHAT[:count],
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    example = encode_row(chat(CHAT[:count], ANSWERS[:count]), load_tokenizer(tmp_path))
+    assert list(example.ids) == found["input_ids"]
+    assert list(map(int, example.trained)) == found["assistant_masks"]
+    assert sum(found["assistant_masks"]) > 0
+
+
 def test_a_weight_of_zero_leaves_an_answer_out(tokenizer: Tokenizer) -> None:
     example = encode_row(chat(trained=[False, False, False, False, True]), tokenizer)
     assert pieces(example, tokenizer) == [f"the llama said hello{EOT}"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from puna.errors import ParameterError, UnsupportedError
+from puna.errors import ParameterError
 from puna.model.lora_config import LoraConfig
 from puna.train.train_config import TrainConfig
 from puna.train.trainer import EvalMetrics, StepMetrics, Trainer
 from puna.train.training_plan import make_plan
-from training_data import WORDS, tiny_config
+from training_data import tiny_config, write_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers and PEFT
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-
-
-def write_pairs(folder: Path, rows: int = 9) -> Path:
-    draw = random.Random(1)
-
-    def words() -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
-
-    path = folder / "pairs.jsonl"
-    lines = [
-        {
-            "prompt": [{"role": "user", "content": words()}],
-            "chosen": [{"role": "assistant", "content": words() + " llama"}],
-            "rejected": [{"role": "assistant", "content": words() + " user"}],
-        }
-        for _ in range(rows)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 def dpo_config(folder: Path, **changes: Any) -> TrainConfig:
@@ -92,7 +71,8 @@ def test_training_is_that_of_the_plain_formula(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert [m.loss for m in seen] == pytest.approx(losses, abs=1e-5)
-    assert seen[0].loss == pytest.approx(0.693147, abs=1e-6) and seen[0].margin == 0
+    assert seen[0].loss == pytest.approx(0.693147, abs=1e-6)
+    assert seen[0].margin == pytest.approx(0, abs=1e-5)
     assert seen[-1].loss < 0.6 and seen[-1].accuracy == 1
 
 
@@ -115,10 +95,8 @@ def test_held_out_pairs_are_measured_and_a_stopped_run_goes_on(tmp_path: Path) -
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="'dpo' needs method lora or qlora"):
-        dpo_config(tmp_path, method="full")
     with pytest.raises(ParameterError, match="pairs .* are for objective 'dpo'"):
-        make_plan(dpo_config(tmp_path, objective="sft"))
+        make_plan(dpo_config(tmp_path, objective="sft", beta=0.1))
     with pytest.raises(ParameterError, match="'split' is not for pairs"):
         make_plan(dpo_config(tmp_path, overlong="split"))
     with pytest.raises(ParameterError, match=r"chats-0.jsonl:1: objective 'dpo' needs pairs"):

@@ -45,6 +45,19 @@ def config_in(place: Path, tmp_path: Path, **changes: Any) -> TrainConfig:
     return tiny_config(place, output=str(tmp_path), **settings)
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"neftune_noise_alpha": 5.0, "loraplus_lr_ratio": 4.0},
+    "full": {},
+    "qlora": {},
+    "full, in backward": {
+        "method": "full",
+        "optimizer_in_backward": True,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": 0,
+    },
+}
+
+
 def stop_after(trainer: Trainer, step: int) -> None:
     """Press Ctrl-C in the step."""
 
@@ -65,9 +78,10 @@ def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
-def test_going_on_after_ctrl_c_ends_in_the_same_bits(place: Path, tmp_path: Path, method: str) -> None:
-    config = config_in(place, tmp_path / "a", method=method)
+@pytest.mark.parametrize("kind", METHODS)
+def test_going_on_after_ctrl_c_ends_in_the_same_bits(place: Path, tmp_path: Path, kind: str) -> None:
+    changes = {"method": kind, **METHODS[kind]}
+    method, config = changes["method"], config_in(place, tmp_path / "a", **changes)
     straight = Trainer(config).train()
     stopped = Trainer(replace(config, output=str(tmp_path / "b")))
     stop_after(stopped, 3)
@@ -93,6 +107,20 @@ def test_adapters_in_checkpoints_are_those_of_peft(place: Path, tmp_path: Path) 
     step, folder = list_checkpoints(tmp_path)[-1]
     assert step == result.step
     assert_same_bits(weights(folder), weights(tmp_path))
+
+
+def test_the_same_object_goes_on_after_ctrl_c(place: Path, tmp_path: Path) -> None:
+    config = config_in(place, tmp_path / "a")
+    Trainer(config).train()
+    stopped = Trainer(replace(config, output=str(tmp_path / "b")))
+    stop_after(stopped, 3)
+    assert not stopped.train().is_finished
+    seen: list[StepMetrics] = []
+    stopped.on_step = seen.append
+    assert stopped.train(resume=True).is_finished and seen[0].step == 4
+    assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
+    with pytest.raises(ParameterError, match="holds a training: resume it"):
+        stopped.train()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from puna.errors import ParameterError
+from puna.model.attention import PackedAttention
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel
 from puna.train.checkpoints import list_checkpoints
 from puna.train.encoding import Example
 from puna.train.losses import batch_loss
+from puna.train.objectives import TrainedModel
 from puna.train.packing import Batch
 from puna.train.trainer import EvalMetrics, StepMetrics, Trainer
 from puna.weights.loader import load_model
@@ -103,15 +107,15 @@ def test_full_training_is_that_of_a_plain_loop(place: Path, tmp_path: Path) -> N
         torch.testing.assert_close(ours.get_parameter(name), written.get_parameter(name), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_lora_training_is_that_of_peft(place: Path, tmp_path: Path, use_dora: bool) -> None:
+@pytest.mark.parametrize(("use_dora", "steps"), [(False, 100), (True, 30)])
+def test_lora_training_is_that_of_peft(place: Path, tmp_path: Path, use_dora: bool, steps: int) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_dora=use_dora, task_type="CAUSAL_LM"
     )
-    trainer, seen = run(place, tmp_path, lora=lora, learning_rate=1e-2, num_train_epochs=6)
-    assert len(seen) == 30
+    trainer, seen = run(place, tmp_path, lora=lora, learning_rate=3e-3, num_train_epochs=steps / 5)
+    assert len(seen) == steps
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     torch.manual_seed(trainer.config.seed)
     settings = peft.LoraConfig(
@@ -131,11 +135,40 @@ def test_lora_training_is_that_of_peft(place: Path, tmp_path: Path, use_dora: bo
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def test_how_a_step_is_cut_into_batches_does_not_matter(place: Path, tmp_path: Path) -> None:
-    whole = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    _, expected = run(place, tmp_path / "a", lora=LORA, learning_rate=1e-2)
-    _, found = run(place, tmp_path / "b", lora=LORA, learning_rate=1e-2, **whole)
-    assert [m.loss for m in found] == pytest.approx([m.loss for m in expected], rel=1e-5)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_eight_batches_of_one_are_one_batch_of_eight(place: Path, tmp_path: Path, method: str) -> None:
+    """Rows of several lengths: a mean of the batches' means would be another loss."""
+    found = []
+    for size, count in ((1, 8), (8, 1)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+        folder = tmp_path / f"{size}x{count}"
+        changes = {"lora": LORA, "method": method, "packing": False, "learning_rate": 1e-2, **sizes}
+        trainer, seen = run(place, folder, **changes)
+        batches = trainer.plan.micro_batches(0)
+        assert (len(batches), batches[0].num_examples) == (count, size)
+        found.append(([m.loss for m in seen], [m.grad_norm for m in seen], result_of(folder / "out")))
+    (losses, norms, ours), (their_losses, their_norms, theirs) = found
+    assert losses == pytest.approx(their_losses, rel=1e-5)
+    assert norms == pytest.approx(their_norms, rel=1e-3)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+
+def result_of(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors that a training left."""
+    path = next(p for p in (folder / "adapter_model.safetensors", folder / "model.safetensors") if p.exists())
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def test_an_adapter_that_is_disabled_leaves_the_base(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path, lora=replace(LORA, use_dora=True), learning_rate=1e-2)
+    ids, places = torch.arange(9), torch.arange(9)
+    base = load_model(place / "model")(ids, places, PackedAttention([0, 9]))
+    adapted = PeftModel.from_pretrained(load_model(place / "model"), tmp_path / "out")
+    assert not torch.allclose(adapted.network(ids, places, PackedAttention([0, 9])), base, atol=1e-3)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted.network(ids, places, PackedAttention([0, 9])), base)
 
 
 def test_gradient_checkpointing_changes_no_bit(place: Path, tmp_path: Path) -> None:
@@ -179,8 +212,6 @@ def test_a_merged_model_computes_as_the_adapter(place: Path, tmp_path: Path) -> 
     run(place, tmp_path, lora=LORA, learning_rate=1e-2, merge=True)
     ids = torch.tensor([[3, 14, 15, 92]])
     adapted = PeftModel.from_pretrained(load_model(place / "model"), tmp_path / "out").network
-    from puna.model.attention import PackedAttention
-
     expected = adapted(ids[0], torch.arange(4), PackedAttention([0, 4])).detach()
     for folder in (tmp_path / "out" / "merged",):
         ours = load_model(folder)(ids[0], torch.arange(4), PackedAttention([0, 4]))
@@ -219,6 +250,48 @@ def test_the_best_checkpoint_can_be_the_result(place: Path, tmp_path: Path) -> N
     with torch.no_grad():
         total = sum(batch_loss(network, batch).item() for batch in batches)
     assert total / sum(batch.num_trained for batch in batches) == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_gradients_that_are_not_finite_stop(place: Path, tmp_path: Path) -> None:
+    """A loss may be finite where its gradient is not; the parameters shall not become NaN."""
+    trainer = Trainer(tiny_config(place, output=str(tmp_path), lora=LORA, learning_rate=1e-2))
+    load = trainer._load
+
+    def poisoned() -> TrainedModel:
+        model = load()
+        for name, parameter in model.network.named_parameters():
+            if "layers.0.mlp.down_proj.lora_B" in name:
+                parameter.register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
+        return model
+
+    trainer._load = poisoned  # type: ignore[method-assign]
+    with pytest.raises(ParameterError, match=r"the gradient of step 1 is (nan|inf): try a lower"):
+        trainer.train()
+    assert not list_checkpoints(tmp_path)
+
+
+def test_weights_of_sixteen_bits_train_as_wide_ones(place: Path, tmp_path: Path) -> None:
+    """On processors that do not multiply bfloat16, weights stay so and activations are float32."""
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        folder = tmp_path / str(dtype)
+        shutil.copytree(place / "model", folder)
+        theirs.to(dtype).save_pretrained(folder)  # the same values
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        changes = {
+            "model": str(tmp_path / str(dtype)),
+            "lora": replace(LORA, target_modules=["q_proj", "lm_head"]),
+        }
+        trainer, seen = run(place, tmp_path / f"out-{dtype}", learning_rate=1e-2, max_steps=4, **changes)
+        assert trainer.plan.dtype == dtype
+        found.append([m.loss for m in seen])
+        if trainer.plan.compute_dtype != torch.float32:
+            pytest.skip("this processor multiplies bfloat16")
+    # The first values of adapters are rounded to the dtype of the base, as PEFT does.
+    assert found[0] == pytest.approx(found[1], rel=2e-4)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops(place: Path, tmp_path: Path) -> None:

@@ -142,16 +142,18 @@ def test_models_that_a_method_cannot_take(stories: Path, tmp_path: Path) -> None
     assert open_checkpoint(gguf).format == "gguf"
 
 
-def test_dtypes_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     from puna.cria import FOLDER
-    from puna.train.base_model import choose_dtype
+    from puna.train.base_model import choose_compute_dtype, choose_dtype
 
-    checkpoint, cpu = open_checkpoint(FOLDER), torch.device("cpu")
+    checkpoint, cpu, gpu = open_checkpoint(FOLDER), torch.device("cpu"), torch.device("cuda")
     assert checkpoint.dtype == torch.bfloat16
+    whole = config_with(method="full", dtype="bfloat16")
+    assert choose_dtype(config_with(), checkpoint) == choose_dtype(whole, checkpoint) == torch.bfloat16
+    assert choose_dtype(config_with(method="full"), checkpoint) == torch.float32
+    assert choose_dtype(config_with(dtype="float32"), checkpoint) == torch.float32
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False, raising=False)
-        assert choose_dtype(config_with(), checkpoint, cpu) == expected
-        assert choose_dtype(config_with(method="full"), checkpoint, cpu) == torch.float32
-        assert choose_dtype(config_with(dtype="bfloat16"), checkpoint, cpu) == torch.bfloat16
-    assert choose_dtype(config_with(), checkpoint, torch.device("cuda")) == torch.bfloat16
+        monkeypatch.setattr("puna.train.base_model.is_native", lambda dtype, native=native: native)
+        assert choose_compute_dtype(config_with(), checkpoint, torch.bfloat16, cpu) == expected
+        assert choose_compute_dtype(config_with(), checkpoint, torch.bfloat16, gpu) == torch.bfloat16
+        assert choose_compute_dtype(whole, checkpoint, torch.bfloat16, cpu) == torch.bfloat16

@@ -82,7 +82,7 @@ def test_sharegpt() -> None:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
+        ({"messages": [], "kto_tag": True}, "give prompt, completion and label"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "reward"),
     ],
 )
@@ -173,8 +173,8 @@ def test_wrong_files_name_the_line(tmp_path: Path, name: str, text: str, message
 def test_files_that_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no such file"):
         read_records([tmp_path / "a.jsonl"])
-    with pytest.raises(UnsupportedError, match=r"\.parquet files are not read"):
-        read_records([tmp_path / "a.parquet"])
+    with pytest.raises(UnsupportedError, match=r"\.txt files are not read: \.jsonl, "):
+        read_records([tmp_path / "a.txt"])
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(ParameterError, match="byte 10 is not UTF-8"):
         read_records([tmp_path / "b.jsonl"])

@@ -1,4 +1,4 @@
-"""`puna adapter`: what an adapter is, another tool's as PEFT's, and a model with one merged into it."""
+"""`puna adapter`: what an adapter is, and another tool's written as PEFT's."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from puna.errors import ParameterError
-
 if TYPE_CHECKING:
     from puna.model.config import LlamaConfig
     from puna.weights.adapter_facts import AdapterFacts
 
 adapter = typer.Typer(
-    name="adapter", help="Inspect, convert and merge adapters.", no_args_is_help=True, rich_markup_mode=None
+    name="adapter", help="Inspect and convert adapters.", no_args_is_help=True, rich_markup_mode=None
 )
 
 _Folder = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="A folder of PEFT, mlx-lm, torchtune or LitGPT.")
+    str,
+    typer.Argument(metavar="ADAPTER", help="A folder of PEFT, mlx-lm, torchtune or LitGPT, or a .gguf file."),
 ]
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")]
 _Model = Annotated[
@@ -44,7 +43,7 @@ def inspect(
 ) -> None:
     """Show what an adapter is: rank, scale, targets, sizes.
 
-    MODEL, whose config alone is read, is needed for adapters of torchtune and LitGPT.
+    MODEL, whose config alone is read, is needed for adapters of torchtune, LitGPT and llama.cpp.
     """
     from puna.weights.adapter_facts import read_adapter_facts
 
@@ -52,22 +51,24 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(asdict(facts), indent=2, default=str))
     else:
-        typer.echo("\n".join(_lines(facts)))
+        typer.echo("\n".join(adapter_lines(facts)))
 
 
 @adapter.command()
 def convert(folder: _Folder, out: _Out, model: _Model = None, alpha: _Alpha = None) -> None:
     """Write another tool's adapter as PEFT does.
 
-    An adapter of mlx-lm, torchtune or LitGPT becomes a folder that every tool reads which reads PEFT's.
-    MODEL, whose config alone is read, is needed for adapters of torchtune and LitGPT.
+    An adapter of mlx-lm, torchtune, LitGPT or llama.cpp becomes a folder that every tool reads which reads
+    PEFT's.
+    MODEL, whose config alone is read, is needed for adapters of torchtune, LitGPT and llama.cpp.
     """
     import dataclasses
 
     from puna.weights.adapter_files import write_adapter
     from puna.weights.adapter_import import read_any_adapter
+    from puna.weights.write_hf import require_new
 
-    _require_empty(out)
+    require_new(out)
     config, tensors = read_any_adapter(folder, _config_of(model), alpha=alpha)
     if model is not None:
         config = dataclasses.replace(config, base_model_name_or_path=model)
@@ -75,40 +76,8 @@ def convert(folder: _Folder, out: _Out, model: _Model = None, alpha: _Alpha = No
     typer.echo(f"wrote {out}: {len(tensors)} tensors, rank {config.r}, alpha {config.lora_alpha:g}")
 
 
-@adapter.command()
-def merge(
-    folder: _Folder,
-    out: _Out,
-    model: _Model = None,
-) -> None:
-    """Write a model with an adapter in its weights.
-
-    OUT becomes a Hugging Face folder. MODEL is such a folder too; without it, it is the one that the adapter
-    names. It is loaded whole, in its own dtype.
-    """
-    from puna.auto import AutoModelForCausalLM
-    from puna.locate import find_model
-    from puna.peft_model import PeftModel
-    from puna.weights.adapter_import import adapter_kind
-    from puna.weights.write_hf import write_hf
-
-    _require_empty(out)
-    kind = adapter_kind(folder)
-    if model is None and kind == "peft":
-        from puna.weights.adapter_files import read_adapter_config
-
-        model = read_adapter_config(folder).base_model_name_or_path
-    if model is None:
-        raise ParameterError(f"{folder}: does not name its model: give --model")
-    base = find_model(model)
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).merge_and_unload(
-        safe_merge=True
-    )
-    write_hf(merged.llama, base, out)
-    typer.echo(f"wrote {out}: {base} with {folder} in its weights")
-
-
-def _lines(facts: AdapterFacts) -> list[str]:
+def adapter_lines(facts: AdapterFacts) -> list[str]:
+    """Return the facts of an adapter as lines."""
     extras = [name for name, on in (("rsLoRA", facts.use_rslora), ("DoRA", facts.use_dora)) if on]
     targets = ", ".join(f"{name} ({count})" for name, count in facts.modules.items())
     parts = ", ".join(f"{count:,} {kind}" for kind, count in facts.parts.items())
@@ -146,8 +115,3 @@ def _config_of(model: str | None) -> LlamaConfig | None:
     from puna.weights.loader import open_checkpoint
 
     return open_checkpoint(find_model(model)).config
-
-
-def _require_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ParameterError(f"{out}: is there already: give a new or an empty folder")

@@ -12,6 +12,7 @@ import typer
 import puna
 from puna.cli.adapter import adapter
 from puna.cli.data import data
+from puna.cli.export import export, merge
 from puna.cli.importance import imatrix
 from puna.cli.measure import bench
 from puna.cli.quantize import quantize
@@ -30,6 +31,8 @@ app.command()(show)
 app.command()(quantize)
 app.command()(imatrix)
 app.command()(train)
+app.command()(merge)
+app.command()(export)
 app.add_typer(adapter)
 app.add_typer(bench)
 app.add_typer(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puna.cli import chat_help
+from puna.cli.adapter import adapter_lines
 from puna.cli.chat_state import NO_CHAT_FORMAT, ChatState
 from puna.cli.model_facts import ModelFacts, facts_lines, read_facts
 from puna.cli.modelfile import modelfile
@@ -125,11 +126,11 @@ class ChatCommands:
             case []:
                 self._say(chat_help.help_text(["show"]))
             case ["info"]:
-                self._say("\n".join(facts_lines(self._facts())))
+                self._say("\n".join([*facts_lines(self._facts()), *self._adapter_lines()]))
             case ["license"]:
                 self._say(self._facts().licence_text or "No license was specified for this model.")
             case ["modelfile"]:
-                self._say(modelfile(self._facts(), self._state.sampling, self._state.system))
+                self._say(self._modelfile())
             case ["parameters"]:
                 self._say("\n".join(self._parameter_lines()))
             case ["system"]:
@@ -141,6 +142,20 @@ class ChatCommands:
 
     def _facts(self) -> ModelFacts:
         return read_facts(self._state.path)
+
+    def _modelfile(self) -> str:
+        state = self._state
+        return modelfile(self._facts(), state.sampling, state.system, state.options.adapter)
+
+    def _adapter_lines(self) -> list[str]:
+        folder = self._state.options.adapter
+        if folder is None:
+            return []
+        from puna.weights.adapter_facts import read_adapter_facts
+        from puna.weights.loader import open_checkpoint
+
+        facts = read_adapter_facts(folder, open_checkpoint(self._state.path).config)
+        return ["  Adapter", *(f"  {line}" for line in adapter_lines(facts)), ""]
 
     def _parameter_lines(self) -> list[str]:
         lines = ["Model defined parameters:", *columns(parameter_rows(self._state.default_sampling))]

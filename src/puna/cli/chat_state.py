@@ -10,7 +10,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class ModelOptions:
     chat_format: str | None = None  # the name of a built-in format that replaces the model's
     raw: bool = False  # continue texts, whatever the model
     quantize: str | None = None  # what weights are quantised to as they are loaded
+    adapter: str | None = None  # the folder of one, for the first model that is loaded
 
     def __post_init__(self) -> None:
         if self.chat_format is not None and self.chat_format not in BUILT_IN:
@@ -60,7 +61,13 @@ def prepare_session(path: Path, options: ModelOptions) -> LoadModel:
         device = str(torch.device(options.device))
     except RuntimeError:
         raise ParameterError(f"device must be cpu, cuda, cuda:1, or such, not {options.device!r}") from None
-    return Session.prepare(path, dtype=DTYPES[options.dtype], device=device, quantize=options.quantize)
+    return Session.prepare(
+        path,
+        dtype=DTYPES[options.dtype],
+        device=device,
+        quantize=options.quantize,
+        adapter=options.adapter,
+    )
 
 
 class ChatState:
@@ -89,6 +96,7 @@ class ChatState:
         self._model: TextModel | None = None
         self._load_again: LoadModel | None = None
         self._load_seconds = 0.0
+        self.path = Path()
 
     def load(self, path: Path) -> None:
         """Load a model and begin a new conversation with it; if that fails, nothing is changed.
@@ -97,10 +105,16 @@ class ChatState:
         """
         began = time.monotonic()
         defaults = default_sampling(path)
-        load_model = self._prepare_model(path, self.options)
+        options = self.options
+        if self._load_again is not None and path != self.path:  # an adapter belongs to its model
+            options = replace(options, adapter=None)
+        load_model = self._prepare_model(path, options)
         self._model = model = self._load_instead(load_model)
         self._load_seconds = time.monotonic() - began
         self.path, self.default_sampling, self._load_again = path, defaults, load_model
+        if options != self.options:
+            self.terminal.notice(f"[the adapter {self.options.adapter} stays behind with its model]")
+            self.options = options
         self.template, guessed = _find_template(path, model.tokenizer, self.options)
         self.conversation = None if self.template is None else self._new_conversation(self.template)
         if self._system is not None and self.template is None:

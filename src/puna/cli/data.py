@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,11 +25,17 @@ def data_command() -> None:
 
 @data.command()
 def preview(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl, .json or .csv file.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .jsonl, .json, .csv or .parquet file, or OWNER/NAME.")
+    ],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Whose tokenizer and chat template are used.")
     ] = None,
     rows: Annotated[int, typer.Option(metavar="N", help="Rows to show; 0: all.")] = 3,
+    start: Annotated[int, typer.Option(metavar="N", help="The first row to show.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Mark where longer rows are cut.", show_default=False)
+    ] = None,
     data_format: Annotated[
         str | None,
         typer.Option(metavar="KIND", help="messages, prompt-completion, text, alpaca, sharegpt, preference."),
@@ -50,36 +55,59 @@ def preview(
     from puna.train.encoding import ChatRendering, encode_row
     from puna.train.rows import DataFormat, PairRow, read_rows
 
-    if rows < 0:
-        raise ParameterError(f"rows must be at least 0, got {rows}")
+    for name, value, least in (("rows", rows, 0), ("start", start, 1), ("max_length", max_length, 1)):
+        if value is not None and value < least:
+            raise ParameterError(f"{name} must be at least {least}, got {value}")
     tokenizer = load_tokenizer(find_model(model))
     records = read_records([file])
-    chosen = read_rows(records[: rows or None], cast(DataFormat | None, data_format))
+    if start > len(records):
+        raise ParameterError(f"start is {start}, and {file} has {len(records)} rows")
+    chosen = read_rows(records[start - 1 :][: rows or None], cast(DataFormat | None, data_format))
     in_color = sys.stdout.isatty() if color is None else color
-    plain = [
-        part
-        for row in chosen
-        for part in ((row.chosen, row.rejected) if isinstance(row, PairRow) else (row,))
-    ]
-    examples = [encode_row(row, tokenizer, ChatRendering(chat_format=chat_format)) for row in plain]
-    for example in examples:
-        typer.echo(f"{example.place}: {len(example.ids)} tokens, {example.num_trained} trained")
-        typer.echo("".join(_pieces(example, tokenizer, in_color=in_color)) + "\n", color=in_color)
-    tokens, trained = (sum(counts) for counts in zip(*map(_counts, examples), strict=True))
-    share = 100 * trained / tokens
-    typer.echo(f"{len(chosen)} of {len(records)} rows: {tokens} tokens, {trained} trained ({share:.1f}%)")
+    examples = []
+    for row in chosen:
+        is_pair = isinstance(row, PairRow)
+        parts = {"chosen": row.chosen, "rejected": row.rejected} if isinstance(row, PairRow) else {"": row}
+        for name, part in parts.items():
+            example = encode_row(part, tokenizer, ChatRendering(chat_format=chat_format))
+            examples.append(example)
+            label = f"{example.place}, {name}" if is_pair else example.place
+            typer.echo(f"{label}: {len(example.ids):,} tokens, {example.num_trained:,} trained")
+            typer.echo(
+                "".join(_pieces(example, tokenizer, max_length, in_color=in_color)) + "\n", color=in_color
+            )
+    typer.echo("\n".join(_summary(examples, len(chosen), len(records), max_length)))
 
 
-def _counts(example: Example) -> tuple[int, int]:
-    return len(example.ids), example.num_trained
+def _summary(
+    examples: Sequence[Example], num_shown: int, num_rows: int, max_length: int | None
+) -> Iterator[str]:
+    lengths = sorted(len(example.ids) for example in examples)
+    tokens, trained = sum(lengths), sum(example.num_trained for example in examples)
+    yield (
+        f"{num_shown:,} of {num_rows:,} rows: {tokens:,} tokens, {trained:,} trained "
+        f"({100 * trained / tokens:.1f}%)"
+    )
+    middle = lengths[(len(lengths) - 1) // 2]
+    yield f"lengths: {lengths[0]:,} to {lengths[-1]:,} tokens, half of them up to {middle:,}"
+    if max_length is not None:
+        longer = sum(length > max_length for length in lengths)
+        yield f"{longer:,} longer than {max_length:,} tokens"
 
 
-def _pieces(example: Example, tokenizer: Tokenizer, *, in_color: bool) -> Iterator[str]:
+def _pieces(
+    example: Example, tokenizer: Tokenizer, max_length: int | None, *, in_color: bool
+) -> Iterator[str]:
     """Yield the text of a row in stretches that are trained, or not."""
-    marked = zip(example.ids, example.trained, strict=True)
+    is_cut = max_length is not None and len(example.ids) > max_length
+    kept = len(example.ids) if max_length is None else max_length
+    marked = zip(example.ids[:kept], example.trained, strict=False)
     for trained, group in itertools.groupby(marked, key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group])
         if not trained:
             yield text
         else:
             yield typer.style(text, fg=typer.colors.GREEN) if in_color else f">>>{text}<<<"
+    if is_cut:
+        rest = f"[cut: {len(example.ids) - kept:,} more tokens]"
+        yield typer.style(rest, fg=typer.colors.RED) if in_color else rest

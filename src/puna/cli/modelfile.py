@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from puna.cli.model_facts import ModelFacts
 from puna.cli.sampling_options import parameter_rows
 
+if TYPE_CHECKING:
+    from puna.text.tokenizer import Tokenizer
 
-def modelfile(facts: ModelFacts, sampling: Mapping[str, Any], system: str | None) -> str:
+
+def modelfile(
+    facts: ModelFacts, sampling: Mapping[str, Any], system: str | None, adapter: str | None = None
+) -> str:
     """Return the Modelfile; settings of the user win over those of the model.
 
     A chat template is Jinja here and a Go template in Ollama, which finds the one it needs by itself; so
@@ -22,12 +28,39 @@ def modelfile(facts: ModelFacts, sampling: Mapping[str, Any], system: str | None
         "",
         f"FROM {facts.path}",
     ]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
     if system is not None:
         lines.append(f"SYSTEM {_quoted(system)}")
     lines += [f"PARAMETER {name} {value}" for name, value in parameter_rows({**facts.sampling, **sampling})]
     if facts.licence_text:
         lines.append(f"LICENSE {_quoted(facts.licence_text)}")
     return "\n".join(lines)
+
+
+def export_modelfile(
+    source: Path, tokenizer: Tokenizer, template: str | None, *, adapter: Path | None = None
+) -> str:
+    """Return the Modelfile of what was exported: its template in Ollama's language, and what ends an answer.
+
+    Without a chat template there is TEMPLATE {{ .Prompt }}, which continues texts. One that is none of
+    Llama's gets no line: Ollama then takes the one inside the GGUF file.
+    """
+    from puna.text.go_templates import GO_TEMPLATES, find_format
+
+    lines = [f"FROM {source}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
+    known = None if template is None else find_format(tokenizer, template)
+    if template is None:
+        lines.append("TEMPLATE {{ .Prompt }}")
+    elif known is not None:
+        lines.append(f"TEMPLATE {_quoted(GO_TEMPLATES[known])}")
+    else:
+        lines.append("# The chat template inside the GGUF file is used: it is none of Llama's own.")
+    stops = sorted(tokenizer.id_to_token(token_id) for token_id in tokenizer.eos_token_ids)
+    lines += [f"PARAMETER stop {stop}" for stop in stops]
+    return "\n".join(lines) + "\n"
 
 
 def _quoted(text: str) -> str:

@@ -52,7 +52,7 @@ def quantize(
         raise ParameterError(f"{wanted.name} is not quantised: an importance matrix has no use for it")
     path = find_model(source)
     checkpoint = open_checkpoint(path)
-    metadata = _metadata(path, checkpoint)
+    metadata = gguf_keys(path, checkpoint)
     importance = None
     if imatrix is not None:
         found = read_imatrix(imatrix)
@@ -62,10 +62,10 @@ def quantize(
     written = write_quantized(
         checkpoint, out, metadata, wanted, importance=importance, allow_requantize=allow_requantize
     )
-    typer.echo(_summary(out, written, time.monotonic() - began))
+    typer.echo(f"{summary(out, written)}\ntook {time.monotonic() - began:.1f} s")
 
 
-def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
+def gguf_keys(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
     """Return what stands in the file beside the weights: a GGUF's own keys, or others'."""
     from puna.gguf_header import read_metadata
     from puna.text.gguf_vocab_export import gguf_vocabulary
@@ -76,7 +76,19 @@ def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Value]:
         keys = read_metadata(checkpoint.path)
         return {key: value for key, value in keys.items() if not key.startswith(dropped)}
     vocabulary = gguf_vocabulary(path, vocab_size=checkpoint.config.vocab_size)
-    return {**gguf_metadata(checkpoint.config, path.resolve().name), **vocabulary}
+    return {**gguf_metadata(checkpoint.config, path.resolve().name), **_sampling(path), **vocabulary}
+
+
+def _sampling(path: Path) -> dict[str, Value]:
+    """Return the sampling settings that a model recommends, under llama.cpp's keys."""
+    from puna.locate import read_generation_config
+
+    config = read_generation_config(path) if path.is_dir() else None
+    if config is None or not config.get("do_sample"):
+        return {}
+    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    found = {theirs: config.get(ours) for ours, theirs in names.items()}
+    return {f"general.sampling.{name}": value for name, value in found.items() if value is not None}
 
 
 def _imatrix_keys(path: Path, found: ImportanceMatrix) -> dict[str, Value]:
@@ -89,12 +101,10 @@ def _imatrix_keys(path: Path, found: ImportanceMatrix) -> dict[str, Value]:
     }
 
 
-def _summary(out: Path, written: Written, seconds: float) -> str:
+def summary(out: Path, written: Written) -> str:
+    """Return how large a file became, and what is in it."""
     types = ", ".join(
         f"{count} {kind.name}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1])
     )
     bits = written.num_bytes * 8 / written.num_weights
-    return (
-        f"wrote {out}: {written.num_bytes / 1e6:,.1f} MB, {bits:.2f} bits per weight, {seconds:.1f} s\n"
-        f"tensors: {types}"
-    )
+    return f"wrote {out}: {written.num_bytes / 1e6:,.1f} MB, {bits:.2f} bits per weight\ntensors: {types}"

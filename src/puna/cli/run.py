@@ -68,6 +68,9 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="Compute on cpu, cuda,
 Quantize = Annotated[
     str | None, typer.Option(metavar="TYPE", help="Quantise weights at load: q4_k_m, q8_0, q4_0, ...")
 ]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Answer with this adapter of PEFT's, or another tool's.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print timings after each answer.")]
 NoWordWrap = Annotated[bool, typer.Option("--nowordwrap", help="Do not break lines between words.")]
 
@@ -92,6 +95,7 @@ def run(
     device: Device = "cpu",
     threads: Threads = None,
     quantize: Quantize = None,
+    adapter: Adapter = None,
     verbose: Verbose = False,
     nowordwrap: NoWordWrap = False,
 ) -> None:
@@ -125,6 +129,7 @@ def run(
         "chat_format": chat_format,
         "raw": raw,
         "quantize": quantize,
+        "adapter": adapter,
     }
     shown = {"verbose": verbose, "wordwrap": not nowordwrap}
     state = _load(path, threads, options, sampling=sampling, system=system, **shown)

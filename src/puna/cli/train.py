@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from puna.cli.threads import Threads, use_threads
+from puna.cli.train_progress import TrainProgress
+from puna.train.readable import duration, size_text
 
 if TYPE_CHECKING:
     from puna.train.train_config import TrainConfig
-    from puna.train.trainer import EvalMetrics, StepMetrics, TrainResult
+    from puna.train.trainer import TrainResult
     from puna.train.training_plan import TrainingPlan
 
 _OWN = ("config", "dry_run", "resume", "force", "threads")
@@ -28,11 +29,22 @@ def train(
         Path | None, typer.Argument(metavar="CONFIG", help="A .yaml or .json file of settings.")
     ] = None,
     model: Annotated[str | None, _option("The model to begin with.", "MODEL")] = None,
-    data: Annotated[list[str] | None, _option("A .jsonl, .json or .csv file; repeatable.", "FILE")] = None,
+    data: Annotated[
+        list[str] | None,
+        _option(
+            "A .jsonl, .json, .csv or .parquet file, or OWNER/NAME[@CONFIG][:SPLIT]; repeatable.", "FILE"
+        ),
+    ] = None,
     output: Annotated[str | None, _option("The folder to write.", "FOLDER")] = None,
     method: Annotated[str | None, _option("full, lora (default) or qlora.", "METHOD")] = None,
-    objective: Annotated[str | None, _option("sft (default), or dpo on pairs of answers.", "NAME")] = None,
-    beta: Annotated[float | None, _option("Of dpo: what moving away from the model costs [0.1].")] = None,
+    objective: Annotated[
+        str | None, _option("sft (default), dpo or orpo on pairs of answers, kto on labelled ones.", "NAME")
+    ] = None,
+    beta: Annotated[
+        float | None, _option("Of dpo and kto: the cost of moving away; of orpo: the odds' weight [0.1].")
+    ] = None,
+    desirable_weight: Annotated[float | None, _option("Of kto: what desirable answers count [1].")] = None,
+    undesirable_weight: Annotated[float | None, _option("Of kto: what the others count [1].")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
@@ -50,7 +62,7 @@ def train(
         list[str] | None, _option("Modules that get one [all-linear]; repeatable.", "NAME")
     ] = None,
     data_format: Annotated[
-        str | None, _option("messages, prompt-completion, text, alpaca or sharegpt [seen from keys].", "KIND")
+        str | None, _option("messages, prompt-completion, preference, ... [seen from keys].", "KIND")
     ] = None,
     chat_format: Annotated[str | None, _option("A built-in chat format [the model's own].", "NAME")] = None,
     max_length: Annotated[int | None, _option("Most tokens of a row, and of a pack of rows [1024].")] = None,
@@ -59,9 +71,21 @@ def train(
     ] = None,
     eval_data: Annotated[list[str] | None, _option("Rows to measure, not train; repeatable.", "FILE")] = None,
     eval_split: Annotated[float | None, _option("Or the share of the data to measure.", "P")] = None,
+    eval_steps: Annotated[int | None, _option("Steps between measurements [with each checkpoint].")] = None,
+    eval_on_start: Annotated[
+        bool | None, typer.Option("--eval-on-start", help="Measure before the first step too.")
+    ] = None,
     load_best_model_at_end: Annotated[
         bool | None, typer.Option("--load-best-model-at-end", help="Write the checkpoint that measured best.")
     ] = None,
+    early_stopping_patience: Annotated[
+        int | None, _option("End after so many measurements without a better one.")
+    ] = None,
+    sample_prompts: Annotated[
+        list[str] | None, _option("A prompt to answer before, and with each measurement; repeatable.", "TEXT")
+    ] = None,
+    sample_max_tokens: Annotated[int | None, _option("Most tokens of such an answer [128].")] = None,
+    report_to: Annotated[list[str] | None, _option("tensorboard or wandb; repeatable.", "NAME")] = None,
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Put several rows in a pack [yes].")
     ] = None,
@@ -75,7 +99,30 @@ def train(
             "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time [yes]."
         ),
     ] = None,
-    learning_rate: Annotated[float | None, _option("At its highest [2e-4; 2e-5 for full].", "RATE")] = None,
+    activation_offloading: Annotated[
+        bool | None,
+        typer.Option("--activation-offloading", help="Keep layers' inputs in the memory of the host."),
+    ] = None,
+    neftune_noise_alpha: Annotated[float | None, _option("Noise on embeddings, such as 5 [0].")] = None,
+    label_smoothing_factor: Annotated[
+        float | None, _option("Share of a target that goes to all tokens [0].", "P")
+    ] = None,
+    optim: Annotated[
+        str | None, _option("adamw_torch_fused (default), adamw_torch, adamw_8bit, ...", "NAME")
+    ] = None,
+    optimizer_in_backward: Annotated[
+        bool | None,
+        typer.Option(
+            "--optimizer-in-backward", help="Of full: hold the gradient of one parameter at a time."
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        str | None,
+        _option("At its highest, or auto [2e-4; 2e-5 for full].", "RATE", "--learning-rate", "--lr"),
+    ] = None,
+    loraplus_lr_ratio: Annotated[
+        float | None, _option("How many times as fast the B matrices of adapters learn [1].")
+    ] = None,
     lr_scheduler_type: Annotated[
         str | None, _option("linear (default), cosine, constant, constant_with_warmup, ...", "NAME")
     ] = None,
@@ -102,14 +149,19 @@ def train(
     use_threads(threads)
     from puna.train.trainer import Trainer
 
-    progress = _Progress()
-    trainer = Trainer(settings, on_step=progress.note, on_eval=progress.measured)
-    typer.echo("\n".join(plan_lines(trainer.plan)))
+    trainer = Trainer(settings)
+    typer.echo("\n".join(plan_lines(trainer.plan, with_time=dry_run)))
     if dry_run:
         trainer.plan.require_memory()
         return
-    progress.total = trainer.plan.total_steps
-    result = trainer.train(resume=resume, force=force)
+    progress = TrainProgress(total_steps=trainer.plan.total_steps)
+    trainer.on_step, trainer.on_eval = progress.step, progress.evaluation
+    trainer.on_sample, trainer.on_batch = progress.samples, progress.batch
+    progress.busy(f"loading {trainer.config.model}")
+    try:
+        result = trainer.train(resume=resume, force=force)
+    finally:
+        progress.close()
     typer.echo(_ending(result, trainer.config))
     if not result.is_finished:
         raise typer.Exit(130)
@@ -130,14 +182,14 @@ def _settings(path: Path | None, given: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict({**values, **given})
 
 
-def plan_lines(plan: TrainingPlan) -> list[str]:
-    """Return what a training will be, as lines of a table."""
+def plan_lines(plan: TrainingPlan, *, with_time: bool = False) -> list[str]:
+    """Return what a training will be, as lines of a table; the time takes a second to estimate."""
     config = plan.config
     trained = f"{plan.trained_parameters:,} of {plan.parameters:,} parameters trained"
     share = 100 * plan.trained_parameters / plan.parameters
     rank = "" if config.method == "full" else f", rank {config.lora.r}, alpha {config.lora.lora_alpha:g}"
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    capacity = config.max_length * (2 if config.objective == "dpo" else 1)
+    capacity = config.max_length * (2 if config.objective in ("dpo", "orpo") else 1)
     full = 100 * plan.num_tokens / (len(plan.packs) * capacity)
     unit = "packs" if config.packing else "rows"
     rows = {
@@ -151,12 +203,22 @@ def plan_lines(plan: TrainingPlan) -> list[str]:
         + (f" ({full:.1f}% full)" if config.packing else ""),
         "steps": f"{plan.total_steps:,} of at most {per_step} {unit}; {plan.steps_per_epoch:,} an epoch",
         "learning rate": f"{config.rate:g}, {config.lr_scheduler_type}, {plan.warmup_steps} steps of warmup",
-        "memory": f"about {_size(plan.total_memory)}; {_size(plan.free)} are free",
-        **{f"  {part}": _size(size) for part, size in plan.memory.items()},
+        "memory": f"about {size_text(plan.total_memory)}; {size_text(plan.free)} are free",
+        **{f"  {part}": size_text(size) for part, size in plan.memory.items()},
+        **({"time": _time(plan)} if with_time else {}),
         "output": str(config.output),
     }
     width = max(map(len, rows))
     return [f"  {name.ljust(width)}    {text}" for name, text in rows.items()]
+
+
+def _time(plan: TrainingPlan) -> str:
+    from puna.train.time_estimate import estimate_seconds
+
+    seconds = None if plan.total_memory > plan.free else estimate_seconds(plan)
+    if seconds is None:
+        return "not estimated; the first steps tell"
+    return f"about {duration(seconds)}, an estimate from one layer, measured now"
 
 
 def _measured(plan: TrainingPlan) -> str:
@@ -164,59 +226,18 @@ def _measured(plan: TrainingPlan) -> str:
     return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, with each checkpoint"
 
 
-def _size(number: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number / 1e3:.1f} kB"
-
-
-class _Progress:
-    """Print a line about a step, at most one a second, and the last one."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._printed = -1.0
-        self._seconds = 0.0
-        self._tokens = 0
-        self._steps = 0
-
-    def measured(self, metrics: EvalMetrics) -> None:
-        """Take the metrics of an evaluation."""
-        measured = f"loss {metrics.eval_loss:.4f}"
-        if metrics.eval_perplexity is not None:
-            measured += f"  perplexity {metrics.eval_perplexity:.4g}"
-        if metrics.eval_accuracy is not None:
-            measured += f"  accuracy {metrics.eval_accuracy:.2f}"
-        typer.echo(f"step {metrics.step}/{self.total}  measured  {measured}")
-
-    def note(self, metrics: StepMetrics) -> None:
-        """Take the metrics of a step."""
-        self._seconds += metrics.seconds
-        self._tokens += metrics.tokens
-        self._steps += 1
-        now = time.monotonic()
-        if now - self._printed < 1 and self._printed >= 0 and metrics.step != self.total:
-            return
-        self._printed = now
-        left = self._seconds / self._steps * (self.total - metrics.step)
-        typer.echo(
-            f"step {metrics.step}/{self.total}  epoch {metrics.epoch:.2f}  loss {metrics.loss:.4f}  "
-            f"lr {metrics.learning_rate:.3g}  norm {metrics.grad_norm:.3g}  "
-            f"{self._tokens / self._seconds:,.0f} tokens/s  {_duration(left)} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _ending(result: TrainResult, config: TrainConfig) -> str:
     if not result.is_finished:
         return f"stopped after step {result.step} of {result.total_steps}; go on with --resume"
-    if config.method == "full":
-        return f"wrote {result.output}: a model"
+    lines = []
+    if result.stopped_early:
+        lines.append(f"ended at step {result.step}: step {result.best_step} measured best")
+    elif config.load_best_model_at_end:
+        lines.append(f"step {result.best_step} measured best, and is what is written")
     merged = f", and the model with it in {result.output / 'merged'}" if config.merge else ""
-    return f"wrote {result.output}: an adapter{merged}"
+    kind = "a model" if config.method == "full" else f"an adapter{merged}"
+    if result.report is not None:
+        picture = f", {result.picture.name}" if result.picture else " (loss.png needs matplotlib)"
+        lines.append(f"report: {result.report}{picture}")
+    lines.append(f"wrote {result.output}: {kind}")
+    return "\n".join(lines)

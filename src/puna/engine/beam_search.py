@@ -19,6 +19,7 @@ from puna.engine.request import Grammar, Logprobs, Sequence
 from puna.engine.sampler import masked
 from puna.engine.sampling import BeamSearchParams
 from puna.errors import ParameterError
+from puna.model.lora_serving import ServedAdapter
 
 
 @dataclass
@@ -44,6 +45,7 @@ def beam_search(
     *,
     grammar: Grammar | None = None,
     num_token_ids: int | None = None,
+    adapter: ServedAdapter | None = None,
 ) -> list[Beam]:
     """Return the `beam_width` best beams, best first. The engine must have nothing else to do.
 
@@ -55,7 +57,7 @@ def beam_search(
     engine.check(prompt_ids, step_params)
     room = min(params.max_tokens, engine.max_model_len - len(prompt_ids))
     _check_room(engine, len(prompt_ids), room, params.beam_width)
-    first = Sequence("beam", prompt_ids, step_params, max_tokens=room, grammar=grammar)
+    first = Sequence("beam", prompt_ids, step_params, max_tokens=room, grammar=grammar, adapter=adapter)
     engine.scheduler.add(first)
     search = _Search(engine, params, num_token_ids or engine.model.config.vocab_size)
     running: dict[Sequence, float] = {first: 0.0}
@@ -182,7 +184,7 @@ def _logits(engine: LLMEngine, beams: list[Sequence]) -> dict[Sequence, Tensor]:
     while len(found) < len(beams):
         batch = engine.scheduler.schedule()
         hidden = engine.runner.run(batch)
-        rows = engine.runner.logits(hidden)
+        rows = engine.runner.logits(batch, hidden)
         for sequence, count, states in zip(batch.sequences, batch.counts, hidden, strict=True):
             engine.scheduler.computed(sequence, sequence.num_computed + count)
             if len(states):

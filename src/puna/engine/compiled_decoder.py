@@ -17,6 +17,7 @@ from puna.kernels import compiled
 from puna.kernels.dense_linear import prefers_kernel
 from puna.model.linear import Linear
 from puna.model.llama import DecoderLayer, Llama, SelfAttention
+from puna.model.lora_serving import Served
 from puna.model.mlp import MLP, RMSNorm
 from puna.weights.quant import QuantLinear
 
@@ -100,13 +101,13 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _parts_of(layer: nn.Module) -> list[nn.Module]:
-    """Return the norms and linears of a layer, in the order of the kernel."""
+    """Return the norms and linears of a layer, in the order of the kernel, without what serves adapters."""
     modules = layer._modules
     attention, mlp = modules["self_attn"], modules["mlp"]
     parts = [modules["input_layernorm"], modules["post_attention_layernorm"]]
     parts += [attention._modules[name] for name in _ATTENTION]  # type: ignore[union-attr]
     parts += [mlp._modules[name] for name in _MLP]  # type: ignore[union-attr]
-    return parts  # type: ignore[return-value]
+    return [part.base_layer if type(part) is Served else part for part in parts]  # type: ignore[misc]
 
 
 def _held(module: nn.Module, dtype: torch.dtype) -> Held | None:

@@ -30,6 +30,7 @@ from puna.engine.scheduler import Batch, Scheduler, SchedulerConfig
 from puna.engine.speculative import Proposer
 from puna.errors import ParameterError
 from puna.model.llama import Llama
+from puna.model.lora_serving import ServedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,13 @@ class EngineConfig:
     kv_cache_dtype: KVDtype = "auto"
     max_logprobs: int = MAX_LOGPROBS
     seed: int | None = None  # of the requests without one; None: from the system
+    max_loras: int | None = None  # different adapters in one batch; None: any number
 
     def __post_init__(self) -> None:
         sizes = ("block_size", "max_num_seqs", "max_num_batched_tokens")
         for name in sizes:
             check_integer(name, getattr(self, name), 1)
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_blocks"):
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_blocks", "max_loras"):
             check_integer(name, getattr(self, name), 1, optional=True)
         check_integer("max_logprobs", self.max_logprobs, -1)
         check_integer("seed", self.seed, -(2**63), optional=True)
@@ -138,6 +140,7 @@ class LLMEngine:
                 enable_prefix_caching=self.config.enable_prefix_caching
                 and not model.model.rope.needs_lengths,
                 policy=self.config.policy,
+                max_loras=self.config.max_loras,
             ),
             self.pool,
         )
@@ -156,9 +159,11 @@ class LLMEngine:
         priority: int = 0,
         salt: bytes = b"",
         grammar: Grammar | None = None,
+        adapter: ServedAdapter | None = None,
     ) -> None:
         """Queue a request. `salt` keeps its cached blocks apart from those of other salts.
 
+        It runs with `adapter`, whose blocks are kept apart too; its other answers and forks do as well.
         `grammar` is what the structured outputs of `params` were compiled to, by whoever has a tokenizer.
         Raises ParameterError when it could never run: too long, or an id outside the vocabulary.
         """
@@ -181,6 +186,7 @@ class LLMEngine:
             priority=priority,
             salt=salt,
             grammar=grammar,
+            adapter=adapter,
         )
         self._sequences[request_id] = [sequence]
         self.scheduler.add(sequence)
@@ -241,7 +247,7 @@ class LLMEngine:
 
     def _take_tokens(self, batch: Batch, hidden: list[Tensor]) -> list[SequenceOutput]:
         """Draw tokens from the hidden states, verify drafts, and tell the scheduler what is computed."""
-        rows = self.runner.logits(hidden)
+        rows = self.runner.logits(batch, hidden)
         outputs: list[SequenceOutput] = []
         for sequence, count, states in zip(batch.sequences, batch.counts, hidden, strict=True):
             start, end = sequence.num_computed, sequence.num_computed + count

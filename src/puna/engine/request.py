@@ -14,6 +14,7 @@ import torch
 
 from puna.engine.block_pool import BlockHash, hash_block
 from puna.engine.sampling import SamplingParams
+from puna.model.lora_serving import ServedAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
@@ -97,6 +98,7 @@ class Sequence:
         priority: int = 0,
         salt: bytes = b"",
         grammar: Grammar | None = None,
+        adapter: ServedAdapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -110,6 +112,8 @@ class Sequence:
         self.priority = priority
         self.salt = salt
         self.grammar = grammar
+        self.adapter = adapter
+        self.passed_over: float | None = None  # when another that came later first went before it
         self.generator = _generator(params, index)
         self.times = RequestTimes()
         self.block_table: list[int] = []
@@ -179,7 +183,8 @@ class Sequence:
             first = len(self.block_hashes) * block_size
             parent = self.block_hashes[-1] if self.block_hashes else b""
             ids = self.token_ids[first : first + block_size]
-            self.block_hashes.append(hash_block(parent, ids, self.salt))
+            salt = self.salt if self.adapter is None else self.adapter.key + self.salt
+            self.block_hashes.append(hash_block(parent, ids, salt))
         return self.block_hashes[:count]
 
     def fork(self, index: int) -> Sequence:
@@ -194,6 +199,7 @@ class Sequence:
             priority=self.priority,
             salt=self.salt,
             grammar=self.grammar.fork() if self.grammar is not None else None,
+            adapter=self.adapter,
         )
         child.token_ids = list(self.token_ids)
         child.times = RequestTimes(self.times.arrived, self.times.scheduled)

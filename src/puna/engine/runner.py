@@ -6,8 +6,10 @@ Logits are computed for few rows at a time, since a row is as wide as the vocabu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from puna.engine.paged_cache import PagedAttention, PagedKVCache
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Batch
 from puna.model.llama import Llama
+from puna.model.lora_serving import AdapterRows, ServedAdapter, install
 
 _LOGIT_ROWS = 128
 
@@ -33,6 +36,8 @@ class Runner:
         self.follow = follow
         self.device = model.model.norm.weight.device
         self._decoder = CompiledDecoder.of(model)
+        self._rows, self._head_rows = AdapterRows(), AdapterRows()
+        self._installed: weakref.WeakSet[ServedAdapter] = weakref.WeakSet()
 
     def run(self, batch: Batch) -> list[Tensor]:
         """Compute a batch; return for each sequence the hidden states that are needed, (rows, hidden).
@@ -54,12 +59,13 @@ class Runner:
             positions.extend(range(start, end))
             select.extend(range(len(ids) - needed, len(ids)))
             rows.append(needed)
-        hidden = self._hidden_states(
-            torch.tensor(ids, device=self.device),
-            torch.tensor(positions, device=self.device),
-            self._attention(batch),
-            torch.tensor(select, dtype=torch.long, device=self.device),
-        )
+        with self.adapted([sequence.adapter for sequence in batch.sequences], batch.counts):
+            hidden = self._hidden_states(
+                torch.tensor(ids, device=self.device),
+                torch.tensor(positions, device=self.device),
+                self._attention(batch),
+                torch.tensor(select, dtype=torch.long, device=self.device),
+            )
         if self.follow is not None:
             self.follow(batch)
         return list(hidden.split(rows))  # type: ignore[no-untyped-call]
@@ -68,15 +74,34 @@ class Runner:
         self, input_ids: Tensor, positions: Tensor, attention: PagedAttention, select: Tensor
     ) -> Tensor:
         """Compute by the compiled decoder where it can stand for the model's modules, else by these."""
-        if self._decoder is not None and self._decoder.takes(attention, len(input_ids)):
-            return self._decoder.hidden_states(input_ids, positions, attention, select)
+        decoder = None if self._rows.groups else self._decoder  # it knows no adapters
+        if decoder is not None and decoder.takes(attention, len(input_ids)):
+            return decoder.hidden_states(input_ids, positions, attention, select)
         return self.model.hidden_states(input_ids, positions, attention, select)
 
-    def logits(self, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
-        """Yield the logits (vocab,) of each row, in order."""
+    def logits(self, batch: Batch, hidden: SequenceOf[Tensor]) -> Iterator[Tensor]:
+        """Yield the logits (vocab,) of each row that `run` returned, in order."""
         rows = torch.cat(list(hidden))
+        adapters = [
+            sequence.adapter
+            for sequence, states in zip(batch.sequences, hidden, strict=True)
+            for _ in range(len(states))
+        ]
         for start in range(0, len(rows), _LOGIT_ROWS):
-            yield from self.model.logits(rows[start : start + _LOGIT_ROWS])
+            part = rows[start : start + _LOGIT_ROWS]
+            with self._head_rows.of(adapters[start : start + _LOGIT_ROWS], [1] * len(part), self.device):
+                logits = self.model.logits(part)
+            yield from logits
+
+    def adapted(
+        self, adapters: SequenceOf[ServedAdapter | None], counts: SequenceOf[int]
+    ) -> AbstractContextManager[None]:
+        """Give the rows of passes within the block their adapters, counts[0] to adapters[0], and so on."""
+        for adapter in adapters:
+            if adapter is not None and adapter not in self._installed:
+                install(self.model, adapter, self._rows, self._head_rows)
+                self._installed.add(adapter)
+        return self._rows.of(adapters, counts, self.device)
 
     def _attention(self, batch: Batch) -> PagedAttention:
         tables = [sequence.block_table for sequence in batch.sequences]

@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +26,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     policy: Literal["fcfs", "priority"] = "fcfs"
+    max_loras: int | None = None  # different adapters in one batch
 
 
 @dataclass
@@ -134,22 +136,40 @@ class Scheduler:
 
     def _admit(self, batch: Batch) -> None:
         """Take waiting sequences in while budget, seats and blocks for their whole prompts last."""
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+        while len(self.running) < self.config.max_num_seqs:
             budget = self.config.max_num_batched_tokens - batch.num_tokens
-            sequence = self.waiting[0]
-            if budget <= 0:
+            sequence = self._next_waiting()
+            if budget <= 0 or sequence is None:
                 return
             found = [] if sequence.block_table else self._find_prefix(sequence)
             while self._blocks_to_admit(sequence, found) > self.pool.num_free:
-                if not self._reclaim_from_waiting():
+                if not self._reclaim_from_waiting(sequence):
                     return
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             self._take_prefix(sequence, found)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             made_room = self._make_room(batch, sequence, count)
             assert made_room, "admitted without blocks"
             batch.add(sequence, count)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Return the first waiting sequence whose adapter may join the batch.
+
+        One that may not is passed over, but only by those that were there when it first was: an adapter in
+        use cannot keep the others out for ever.
+        """
+        in_use = {sequence.adapter for sequence in self.running} - {None}
+        last_arrival = math.inf
+        for sequence in self.waiting:
+            if sequence.adapter is None:
+                return sequence
+            fits = sequence.adapter in in_use or len(in_use) < (self.config.max_loras or math.inf)
+            if fits and sequence.times.arrived <= last_arrival:
+                return sequence
+            sequence.passed_over = sequence.passed_over or time.monotonic()
+            last_arrival = min(last_arrival, sequence.passed_over)
+        return None
 
     def _in_order(self) -> list[Sequence]:
         if self.config.policy == "priority":
@@ -163,10 +183,10 @@ class Scheduler:
         held = len(found) + len(sequence.block_table)
         return total - held + revived + self._copy_needed(sequence)
 
-    def _reclaim_from_waiting(self) -> bool:
-        """Take the blocks of the last waiting sequence that holds some (a fork without a seat)."""
-        for sequence in reversed(self.waiting[1:]):
-            if sequence.block_table:
+    def _reclaim_from_waiting(self, wanted: Sequence) -> bool:
+        """Take the blocks of the last other waiting sequence that holds some (a fork without a seat)."""
+        for sequence in reversed(self.waiting):
+            if sequence is not wanted and sequence.block_table:
                 self._release(sequence)
                 return True
         return False

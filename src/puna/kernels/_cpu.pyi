@@ -36,6 +36,23 @@ def dense_linear(
     out_sizes: Sequence[int],
     threads: int,
 ) -> None: ...
+def dequantize_4bit(
+    packed: int,
+    num_bytes: int,
+    code: int,
+    block_size: int,
+    scales: int,
+    nested: int,
+    num_blocks: int,
+    nested_code: int,
+    nested_scales: int,
+    num_nested: int,
+    offset: float,
+    first: int,
+    count: int,
+    out: int,
+    threads: int,
+) -> None: ...
 def quantize(
     x: int,
     groups: int,

@@ -7,6 +7,7 @@ address must point at (dtype, device, layout) is checked here, sizes again in C+
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch  # first: it brings the OpenMP library whose threads the kernels share
 from torch import Tensor
@@ -212,6 +213,47 @@ def dense_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         torch.get_num_threads(),
     )
     return outs
+
+
+class FourBits(Protocol):
+    """A weight in four bits: see `puna.weights.nf4.FourBitTensor`, whose rows this module can write."""
+
+    @property
+    def data(self) -> Tensor: ...
+    @property
+    def absmax(self) -> Tensor: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def nested_absmax(self) -> Tensor | None: ...
+    @property
+    def nested_offset(self) -> float | None: ...
+
+
+def dequantize_4bit(weight: FourBits, code: Tensor, nested_code: Tensor, first: int, out: Tensor) -> None:
+    """Write the values of a packed weight from `first` on, the beginning of a block, to out.
+
+    code: (16,), nested_code: (256,), out: float32, contiguous, of any shape. Raises ValueError for anything
+    else, and for values that are not there.
+    """
+    nested = weight.nested_absmax
+    floats = [code, nested_code, out, weight.absmax if nested is None else nested]
+    read = [weight.data, *floats, weight.absmax]
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in read):
+        raise ValueError("the tensors must be contiguous, on the CPU")
+    if any(t.dtype != torch.float32 for t in floats) or weight.data.dtype != torch.uint8:
+        raise ValueError("values are uint8, scales, codes and the output float32")
+    if nested is not None and weight.absmax.dtype != torch.uint8:
+        raise ValueError(f"nested scales are uint8, got {weight.absmax.dtype}")
+    if code.numel() != 16 or nested_code.numel() != 256:
+        raise ValueError("a code has 16 values, that of nested scales 256")
+    _cpu.dequantize_4bit(
+        weight.data.data_ptr(), weight.data.numel(), code.data_ptr(), weight.block_size,
+        weight.absmax.data_ptr() if nested is None else 0, 0 if nested is None else weight.absmax.data_ptr(),
+        weight.absmax.numel(), nested_code.data_ptr(), 0 if nested is None else nested.data_ptr(),
+        0 if nested is None else nested.numel(), weight.nested_offset or 0.0, first, out.numel(),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:

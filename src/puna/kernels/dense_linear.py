@@ -8,7 +8,6 @@ tokens: a choice by what torch does there, not by a measurement.
 
 from __future__ import annotations
 
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -16,15 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from puna.kernels import compiled
+from puna.kernels.frozen_linear import DenseRows, frozen_linear
+from puna.kernels.native_dtypes import is_native
 
+_HALVES = (torch.bfloat16, torch.float16)
 _MEMORY_BOUND_TOKENS = 4  # up to so many, memory sets the pace on every processor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias, as `torch.nn.functional.linear` does, in the dtype of x.
 
-    x: (..., in), weight: (out, in), bias: (out,).
+    x: (..., in), weight: (out, in), bias: (out,). Unlike there, x may be float32 where the weight is not.
     """
+    if x.dtype == torch.float32 and weight.dtype in _HALVES:
+        return _mixed_linear(x, weight, bias)
     kernels = compiled()
     if (
         kernels is None
@@ -36,9 +40,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
+def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply float32 activations with a 16-bit weight, which becomes float32 a few rows at a time."""
+    if weight.requires_grad:
+        return functional.linear(x, weight.float(), None if bias is None else bias.float())
+    out = frozen_linear(x, DenseRows(weight))
+    return out if bias is None else out + bias
+
+
 def _can_take(kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Say whether the kernel computes what torch would; of wrong calls, torch says what is wrong."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+    if x.dtype not in _HALVES or weight.dtype != x.dtype:
         return False
     if (
         kernels.is_transformed()
@@ -64,13 +76,4 @@ def prefers_kernel(dtype: torch.dtype, num_tokens: int) -> bool:
     kernels = compiled()
     if kernels is None or kernels.chosen() == "portable":
         return False
-    return num_tokens <= _MEMORY_BOUND_TOKENS or not _is_native(dtype)
-
-
-@cache
-def _is_native(dtype: torch.dtype) -> bool:
-    """Say whether the processor multiplies `dtype` itself, as far as torch tells."""
-    names: tuple[str, ...] = ("_is_amx_fp16_supported",)
-    if dtype == torch.bfloat16:
-        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)
+    return num_tokens <= _MEMORY_BOUND_TOKENS or not is_native(dtype)

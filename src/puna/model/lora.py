@@ -235,6 +235,8 @@ def _untie(network: Llama, adapters: list[str]) -> None:
     whole.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if isinstance(head, LoraLinear):
         head.base_layer = whole
+    elif isinstance(head, TrainableTokens):
+        head.token_adapter.base_layer = whole
     elif not isinstance(head, SavedModule):
         network.lm_head = whole
     network.config = dataclasses.replace(network.config, tie_word_embeddings=False)

@@ -72,6 +72,10 @@ def _padded(keys: dict[str, Value], vocab_size: int) -> dict[str, Value]:
     """Give the lists of tokens one entry for each row of the embedding."""
     tokens = keys["tokens"]
     assert isinstance(tokens, list)
+    if len(tokens) > vocab_size:
+        raise UnsupportedError(
+            f"the tokenizer has {len(tokens)} tokens, the model {vocab_size} rows: a GGUF holds one list"
+        )
     missing = range(len(tokens), vocab_size)
     filler: dict[str, list[Any]] = {
         "tokens": [f"[PAD{token_id}]" for token_id in missing],

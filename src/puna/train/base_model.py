@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from puna.errors import ParameterError, UnsupportedError
+from puna.kernels.native_dtypes import is_native
 from puna.model.llama import DecoderLayer, Llama
 from puna.train.train_config import TrainConfig
 from puna.weights.hf import HfCheckpoint
@@ -31,27 +32,45 @@ def is_packed(checkpoint: Checkpoint) -> bool:
     return checkpoint.format == "gguf"
 
 
-def choose_dtype(config: TrainConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def choose_dtype(config: TrainConfig, checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the weights.
 
     By default float32 where they are trained themselves, since steps of a usual learning rate vanish in
-    bfloat16's rounding, and on processors that do not multiply bfloat16: torch's products for the backward
-    pass are up to 300 times slower there. Else the checkpoint's, with bfloat16 for float16, which would need
-    its loss scaled.
+    bfloat16's rounding; else the checkpoint's, with bfloat16 for float16, which would need its loss scaled.
     """
     if config.dtype != "auto":
         return torch.float32 if config.dtype == "float32" else torch.bfloat16
-    if config.method == "full" or not _multiplies_bfloat16(device):
+    if config.method == "full":
         return torch.float32
     return torch.bfloat16 if checkpoint.dtype == torch.float16 else checkpoint.dtype
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Say whether a device has instructions for products of bfloat16, as far as torch tells."""
-    if device.type != "cpu":
-        return True
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)
+def choose_compute_dtype(
+    config: TrainConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """Return the dtype of activations: that of the weights, but float32 where the processor lacks it.
+
+    Frozen weights become float32 a few rows at a time there, which costs little; torch's own products for the
+    backward pass are up to 300 times slower. Weights of experts and weights that are trained have no such
+    products, and stay as they are.
+    """
+    if config.method == "full" or checkpoint.config.is_llama4 or device.type != "cpu" or is_native(dtype):
+        return dtype
+    return torch.float32
+
+
+@contextmanager
+def computing_in(network: Llama, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, let embeddings, and so all activations, have a dtype."""
+
+    def cast(module: nn.Module, inputs: object, embedded: Tensor) -> Tensor:
+        return embedded.to(dtype)
+
+    handle = network.model.embed_tokens.register_forward_hook(cast)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def choose_device(config: TrainConfig) -> torch.device:

@@ -1,4 +1,4 @@
-"""Read training data: JSONL, JSON and CSV files as a list of records, each with the place it stands at.
+"""Read training data: files and data sets by name as a list of records, each with the place it stands at.
 
 A record is a mapping, and its place ("chats.jsonl:12") goes into every message about it. What the keys mean
 is `rows.py`'s business.
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import ModelNotFoundError, ParameterError, UnsupportedError
+from puna.train.data_sets import Rows, is_data_set_name, read_data_set, read_parquet
 
 _JSON_LINES = (".jsonl", ".ndjson")
+_SUFFIXES = (*_JSON_LINES, ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,30 +30,35 @@ class Record:
 
 
 def read_records(paths: Sequence[Path | str]) -> list[Record]:
-    """Read all rows of some files, in order.
+    """Read all rows of some files and of data sets by name, in order.
 
-    Raises ModelNotFoundError for a file that is not there, UnsupportedError for another kind of file, and
-    ParameterError naming file and line for what is no row.
+    Raises ModelNotFoundError for a file that is not there, UnsupportedError for another kind of file,
+    MissingExtraError where a package is missing, and ParameterError naming file and line for what is no row.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    records = [record for path in paths for record in _read(Path(path).expanduser())]
+    records = [record for path in paths for record in _read(str(path))]
     if not records:
         raise ParameterError(f"{', '.join(map(str, paths))}: no rows")
     return records
 
 
-def _read(path: Path) -> Iterator[Record]:
+def _read(name: str) -> Iterator[Record]:
+    path = Path(name).expanduser()
+    if not path.exists() and path.suffix not in _SUFFIXES and is_data_set_name(name):
+        return _records(read_data_set(name))
     if path.is_dir():
         raise UnsupportedError(f"{path}: is a folder; name the files of the data set")
-    if path.suffix not in (*_JSON_LINES, ".json", ".csv"):
+    if path.suffix not in _SUFFIXES:
         raise UnsupportedError(
-            f"{path}: {path.suffix or 'this kind of'} files are not read: .jsonl, .json, .csv"
+            f"{path}: {path.suffix or 'this kind of'} files are not read: {', '.join(_SUFFIXES)}"
         )
+    if path.suffix == ".parquet" and path.exists():
+        return _records(read_parquet(path))
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{path}: no such file; data sets are not downloaded by name") from error
+        raise ModelNotFoundError(f"{path}: no such file") from error
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -59,6 +66,10 @@ def _read(path: Path) -> Iterator[Record]:
     if path.suffix == ".csv":
         return _csv_records(path, text)
     return _json_lines(path, text) if path.suffix in _JSON_LINES else _json_records(path, text)
+
+
+def _records(rows: Rows) -> Iterator[Record]:
+    return (Record(values=values, place=place) for values, place in rows)
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Record]:

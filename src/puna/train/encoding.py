@@ -30,6 +30,7 @@ class Example:
     place: str
     ids: Sequence[int]
     trained: Sequence[bool]
+    label: bool | None = None  # of KTO: whether the answer is desirable
 
     @property
     def num_trained(self) -> int:
@@ -93,15 +94,21 @@ def encode_pairs(
     if overlong == "split":
         raise ParameterError("overlong 'split' is not for pairs of answers")
     examples: list[Example] = []
+    num_overlong = 0
     for pair in pairs:
         both = [encode_row(row, tokenizer, rendering) for row in (pair.chosen, pair.rejected)]
         if both[0].ids == both[1].ids:
             raise ParameterError(f"{pair.place}: chosen and rejected are the same")
-        if overlong == "drop" and max(len(example.ids) for example in both) > max_length:
+        is_overlong = max(len(example.ids) for example in both) > max_length
+        num_overlong += is_overlong
+        if overlong == "drop" and is_overlong:
             continue
         for example in both:
             fits = len(example.ids) <= max_length
             examples += [example] if fits else _shorten(example, max_length, overlong)
+    if num_overlong:
+        done = "left out" if overlong == "drop" else "cut at their end"
+        logger.warning("%d pairs are longer than %d tokens, and are %s", num_overlong, max_length, done)
     if not examples:
         raise ParameterError(f"all pairs are longer than {max_length} tokens and were left out")
     return examples
@@ -137,6 +144,7 @@ def _shorten(example: Example, max_length: int, overlong: Overlong) -> list[Exam
             place=example.place,
             ids=example.ids[start : start + max_length],
             trained=[False, *example.trained[start + 1 : start + max_length]],  # nothing predicts the first
+            label=example.label,
         )
         for start in starts
     ]
@@ -156,7 +164,8 @@ def _encode_text(row: TextRow, tokenizer: Tokenizer) -> Example:
     if end is not None and ids[-1:] != [end]:
         ids = [*ids, end]
     start = max(start, 1)  # nothing predicts the first token
-    return Example(place=row.place, ids=ids, trained=[index >= start for index in range(len(ids))])
+    trained = [index >= start for index in range(len(ids))]
+    return Example(place=row.place, ids=ids, trained=trained, label=row.label)
 
 
 def _encode_messages(row: ChatRow, tokenizer: Tokenizer, rendering: ChatRendering) -> Example:
@@ -184,7 +193,7 @@ def _encode_messages(row: ChatRow, tokenizer: Tokenizer, rendering: ChatRenderin
             stop = border(encode(index + 1, opens_answer=False), ids, tokenizer)
         stop = _behind_last_end(ids, start, stop, tokenizer, index)
         trained[start:stop] = [True] * (stop - start)
-    return Example(place=row.place, ids=ids, trained=trained)
+    return Example(place=row.place, ids=ids, trained=trained, label=row.label)
 
 
 def _behind_last_end(ids: Sequence[int], start: int, stop: int, tokenizer: Tokenizer, index: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Batch:
     select: Tensor  # (trained,): the places that predict a trained token
     targets: Tensor  # (trained,): those tokens
     owners: Tensor  # (trained,): which example each belongs to
+    labels: Sequence[bool] = ()  # of KTO: which examples have a desirable answer
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Batch:
@@ -83,6 +84,7 @@ class Batch:
             select=chosen,
             targets=row[chosen + 1],
             owners=torch.tensor(owners, dtype=torch.long),
+            labels=[example.label for example in examples if example.label is not None],
         )
 
     @property
@@ -107,11 +109,30 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on a device."""
-        return Batch(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             positions=self.positions.to(device),
-            cu_seqlens=self.cu_seqlens,
             select=self.select.to(device),
             targets=self.targets.to(device),
             owners=self.owners.to(device),
         )
+
+
+def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Give each prompt the answer of the example before it, and the first one that of the last.
+
+    As TRL pairs them to measure how far a model has moved; cut to `max_length` tokens.
+    """
+    found = []
+    for index, example in enumerate(examples):
+        other = examples[index - 1]
+        prompt, answer = _answer_start(example), _answer_start(other)
+        ids = [*example.ids[:prompt], *other.ids[answer:]]
+        trained = [*([False] * prompt), *other.trained[answer:]]
+        found.append(replace(example, ids=ids[:max_length], trained=trained[:max_length]))
+    return found
+
+
+def _answer_start(example: Example) -> int:
+    return list(example.trained).index(True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from puna.errors import ParameterError, UnsupportedError
@@ -19,20 +19,23 @@ from puna.train.data_files import Record
 
 logger = logging.getLogger(__name__)
 
-DataFormat = Literal["messages", "prompt-completion", "text", "alpaca", "sharegpt", "preference"]
+DataFormat = Literal[
+    "messages", "prompt-completion", "text", "alpaca", "sharegpt", "preference", "unpaired-preference"
+]
 FORMATS: tuple[str, ...] = get_args(DataFormat)
 
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what a row must have, what it may have
     "messages": (("messages",), ("tools",)),
     "sharegpt": (("conversations",), ("system", "tools")),
+    "unpaired-preference": (("prompt", "completion", "label"), ("tools",)),
     "prompt-completion": (("prompt", "completion"), ("tools",)),
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
     "preference": (("chosen", "rejected"), ("prompt", "tools")),
     "text": (("text",), ()),
 }
 _OTHER_METHODS = {
-    "kto_tag": "labels on answers are for KTO",
-    "completions": "judged steps are for reward models",
+    "kto_tag": "a kto_tag on messages is not read: give prompt, completion and label",
+    "completions": "judged steps are for reward models, which are not there yet",
 }
 _SPEAKERS = {
     "human": "user",
@@ -55,6 +58,7 @@ class ChatRow:
     messages: Sequence[Mapping[str, Any]]
     trained: Sequence[bool]
     tools: Sequence[Mapping[str, Any]] | None = None
+    label: bool | None = None  # whether the answer is desirable, where rows say so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,7 @@ class TextRow:
     place: str
     text: str
     prompt: str = ""
+    label: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +113,9 @@ def _kind(record: Record) -> str:
     keys = {key for key, value in record.values.items() if value is not None}
     for key, reason in _OTHER_METHODS.items():
         if key in keys:
-            raise UnsupportedError(f"{record.place}: {reason}, which is not there yet")
+            raise UnsupportedError(f"{record.place}: {reason}")
     for kind, (needed, _) in _KEYS.items():
         if keys.issuperset(needed):
-            if kind == "prompt-completion" and "label" in keys:
-                raise UnsupportedError(
-                    f"{record.place}: labels on answers are for KTO, which is not there yet"
-                )
             return kind
     wanted = "; ".join(" and ".join(needed) for needed, _ in _KEYS.values())
     raise ParameterError(f"{record.place}: no known kind of row: it has {_listed(keys)}, and needs {wanted}")
@@ -171,6 +172,16 @@ def _prompt_row(record: Record) -> ChatRow | TextRow:
     return TextRow(
         place=record.place, prompt=_string(record, "prompt"), text=_string(record, "completion", filled=True)
     )
+
+
+def _labelled_row(record: Record) -> ChatRow | TextRow:
+    label = record.values["label"]
+    if isinstance(label, str):  # of CSV
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.lower())
+    if label not in (True, False):
+        found = record.values["label"]
+        raise ParameterError(f"{record.place}: label is {found!r:.40}; true or false is expected")
+    return replace(_prompt_row(record), label=bool(label))
 
 
 def _text_row(record: Record) -> TextRow:
@@ -276,5 +287,6 @@ _READERS: Mapping[str, Callable[[Record], Row]] = {
     "prompt-completion": _prompt_row,
     "alpaca": _alpaca_row,
     "preference": _preference_row,
+    "unpaired-preference": _labelled_row,
     "text": _text_row,
 }

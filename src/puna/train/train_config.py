@@ -18,11 +18,10 @@ from typing import Any, Literal, get_args
 from puna.errors import ConfigError, MissingExtraError, ModelNotFoundError, ParameterError, UnsupportedError
 from puna.model.lora_config import LoraConfig
 from puna.train.encoding import Overlong
+from puna.train.methods import Method, Objective, OptimizerName, check_methods, default_learning_rate
+from puna.train.report_to import ReportTo
 from puna.train.rows import FORMATS, DataFormat
 from puna.train.schedules import SCHEDULES
-
-Method = Literal["full", "lora", "qlora"]
-Objective = Literal["sft", "dpo"]
 
 DEFAULT_LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -33,18 +32,24 @@ _OTHER_NAMES = {
     "output_dir": "output",
     "train_file": "data",
     "adapter": "method",
+    "lr": "learning_rate",
+    "optimizer_in_bwd": "optimizer_in_backward",
 }
 # Names of other trainers, for things that are not there.
 _UNSUPPORTED = frozenset(
     """
-    activation_offloading assistant_only_loss auto_find_batch_size completion_only_loss dataset_name
-    deepspeed early_stopping_patience eval_packing eval_steps eval_strategy fp16 fsdp group_by_length
-    label_smoothing_factor loraplus_lr_ratio loss_type neftune_noise_alpha optim
-    packing_strategy pad_token per_device_eval_batch_size push_to_hub report_to torch_compile
+    assistant_only_loss auto_find_batch_size completion_only_loss dataset_name
+    deepspeed eval_packing eval_strategy fp16 fsdp group_by_length
+    loss_type packing_strategy pad_token per_device_eval_batch_size push_to_hub torch_compile
     train_sampling_strategy use_liger_kernel
     """.split()  # noqa: SIM905
 )
-_NOT_PART_OF_THE_RESULT = frozenset({"output", "save_steps", "save_total_limit", "merge"})
+_NOT_PART_OF_THE_RESULT = frozenset(
+    """
+    output save_steps save_total_limit merge eval_steps eval_on_start sample_prompts sample_max_tokens
+    report_to
+    """.split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,10 @@ class TrainConfig:
     output: str
     method: Method = "lora"
     lora: LoraConfig = field(default_factory=lambda: DEFAULT_LORA)  # not for method "full"
-    objective: Objective = "sft"  # dpo: learn to prefer the chosen answer of each pair
-    beta: float = 0.1  # of dpo: how dear it is to move away from the base model
+    objective: Objective = "sft"  # dpo, orpo: learn from pairs of answers; kto: from answers with labels
+    beta: float = 0.1  # of dpo and kto: how dear moving away from the base is; of orpo: the odds' weight
+    desirable_weight: float = 1.0  # of kto
+    undesirable_weight: float = 1.0
     merge: bool = False  # also write the model with the adapter in its weights, OUTPUT/merged
     # data
     data_format: DataFormat | None = None  # None: seen from each row's keys
@@ -67,19 +74,32 @@ class TrainConfig:
     max_length: int = 1024
     overlong: Overlong = "truncate"
     packing: bool = True  # several rows in one of max_length tokens
-    # evaluation, with each checkpoint
+    # evaluation
     eval_data: Sequence[str] | str = ()
     eval_split: float = 0.0  # the share of `data` that is held out instead
+    eval_steps: int | None = None  # None: with each checkpoint
+    eval_on_start: bool = False
     load_best_model_at_end: bool = False  # the result is the checkpoint with the lowest loss
+    early_stopping_patience: int | None = None  # end after so many evaluations that were not the best
+    sample_prompts: Sequence[str] | str = ()  # answered before the first step and with each evaluation
+    sample_max_tokens: int = 128
+    report_to: Sequence[str] | str = ()  # tensorboard, wandb
     # steps
     num_train_epochs: float = 3.0
     max_steps: int | None = None
     per_device_train_batch_size: int = 1  # rows, or packs of rows, computed at once
     gradient_accumulation_steps: int = 8
     gradient_checkpointing: bool = True
+    activation_offloading: bool = False  # keep the inputs of layers in the host's memory
+    neftune_noise_alpha: float | None = None  # noise on embeddings
+    label_smoothing_factor: float = 0.0
     seed: int = 42
     # optimiser: AdamW
-    learning_rate: float | None = None  # None: 2e-5 for method "full", 2e-4 for adapters, 5e-6 for dpo
+    optim: OptimizerName = "adamw_torch_fused"
+    optimizer_in_backward: bool = False  # of method full: move a parameter once its gradient is there
+    learning_rate: float | Literal["auto"] | None = None  # None: see `default_learning_rate`
+    loraplus_lr_ratio: float | None = None  # how much faster the B matrices of adapters learn
+    loraplus_lr_embedding: float = 1e-6  # of adapters of embeddings, where there is a ratio
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0  # below 1 a share of all steps
@@ -95,7 +115,7 @@ class TrainConfig:
     save_total_limit: int | None = 2
 
     def __post_init__(self) -> None:
-        for name in ("data", "eval_data"):
+        for name in ("data", "eval_data", "sample_prompts", "report_to"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         if not self.data:
@@ -106,6 +126,7 @@ class TrainConfig:
             "overlong": get_args(Overlong),
             "data_format": (None, *FORMATS),
             "dtype": _DTYPES,
+            "optim": get_args(OptimizerName),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -117,10 +138,6 @@ class TrainConfig:
             )
         if self.chat_format is not None and self.chat_template is not None:
             raise ParameterError("chat_format and chat_template: give one of them")
-        if self.objective == "dpo" and self.method == "full":
-            raise UnsupportedError(
-                "objective 'dpo' needs method lora or qlora: the base is what it compares with"
-            )
         if self.merge and self.method == "full":
             raise ParameterError("merge is for adapters: method 'full' writes a whole model anyway")
         if not _is_number(self.eval_split) or not 0 <= self.eval_split < 1:
@@ -130,6 +147,25 @@ class TrainConfig:
         if self.load_best_model_at_end and not self.evaluates:
             raise ParameterError("load_best_model_at_end needs eval_data or eval_split")
         self._check_numbers()
+        check_methods(self)
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        for target in self.report_to:
+            if target not in get_args(ReportTo):
+                raise ParameterError(f"report_to is {target!r}; known are {', '.join(get_args(ReportTo))}")
+        for name in ("eval_steps", "eval_on_start", "early_stopping_patience"):
+            if getattr(self, name) and not (self.evaluates or (name == "eval_steps" and self.sample_prompts)):
+                raise ParameterError(f"{name} needs eval_data or eval_split")
+        if self.load_best_model_at_end and self.eval_steps not in (None, self.save_steps):
+            raise ParameterError(
+                f"load_best_model_at_end loads a checkpoint, so eval_steps {self.eval_steps} must be "
+                f"save_steps {self.save_steps}: leave it out"
+            )
+        if self.early_stopping_patience is not None and self.eval_interval == 0:
+            raise ParameterError("early_stopping_patience needs save_steps or eval_steps above 0")
+        if not all(isinstance(text, str) and text for text in self.sample_prompts):
+            raise ParameterError("sample_prompts must be texts that are not empty")
 
     def _check_numbers(self) -> None:
         least = {
@@ -140,10 +176,14 @@ class TrainConfig:
             "seed": 0,
             "max_steps": 1,
             "save_total_limit": 1,
+            "eval_steps": 1,
+            "early_stopping_patience": 1,
+            "sample_max_tokens": 1,
         }
+        optional = ("max_steps", "save_total_limit", "eval_steps", "early_stopping_patience")
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is None and name in ("max_steps", "save_total_limit"):
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < bound:
                 raise ParameterError(f"{name} must be a whole number of at least {bound}, got {value!r}")
@@ -151,15 +191,26 @@ class TrainConfig:
             "num_train_epochs",
             "adam_epsilon",
             "beta",
-            *(["learning_rate"] if self.learning_rate else []),
+            "desirable_weight",
+            "undesirable_weight",
+            "loraplus_lr_embedding",
+            *(["loraplus_lr_ratio"] if self.loraplus_lr_ratio is not None else []),
         ):
             if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ParameterError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "neftune_noise_alpha",
+        ):
             value = getattr(self, name)
-            if value is not None and (not _is_number(value) or value < 0):
+            if value is None or (name == "learning_rate" and value == "auto"):
+                continue
+            if not _is_number(value) or value < 0:
                 raise ParameterError(f"{name} must be a number of at least 0, got {value!r}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
@@ -173,13 +224,22 @@ class TrainConfig:
         return bool(self.eval_data or self.eval_split)
 
     @property
+    def eval_interval(self) -> int:
+        """Return the number of steps from one evaluation to the next; 0: only at the end."""
+        return self.save_steps if self.eval_steps is None else self.eval_steps
+
+    @property
     def rate(self) -> float:
-        """Return the learning rate at its highest."""
-        if self.learning_rate is None and self.objective == "dpo":
-            return 5e-6
+        """Return the learning rate at its highest; "auto" becomes a number in the plan."""
+        assert self.learning_rate != "auto"
         if self.learning_rate is None:
-            return 2e-5 if self.method == "full" else 2e-4
+            return default_learning_rate(self.method, self.objective)
         return self.learning_rate
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Return what a setting is where it is not given."""
+        return next(f.default for f in fields(cls) if f.name == name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -215,6 +275,8 @@ class TrainConfig:
             "lora": lora,
             "data": list(self.data),
             "eval_data": list(self.eval_data),
+            "sample_prompts": list(self.sample_prompts),
+            "report_to": list(self.report_to),
             "date": date,
         }
 

@@ -22,25 +22,30 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
 from puna.errors import ParameterError
 from puna.model.llama import Llama
 from puna.peft_model import PeftModel, get_peft_model
-from puna.train.base_model import gradient_checkpointing, load_base
+from puna.train.activation_offload import activation_offload
+from puna.train.base_model import computing_in, gradient_checkpointing, load_base
 from puna.train.checkpoints import (
     checkpoint_folder,
     list_checkpoints,
     remove_leftovers,
     save_checkpoint,
 )
-from puna.train.losses import batch_loss
-from puna.train.packing import Batch
-from puna.train.preference import pair_losses
+from puna.train.methods import compares
+from puna.train.objectives import BatchShare, TrainedModel, batch_share, step_totals
+from puna.train.optimizers import OptimizerInBackward, make_optimizer, set_rates
+from puna.train.report import History, write_picture, write_report
+from puna.train.report_to import Log, curve_names, reporting, require_installed
 from puna.train.schedules import Schedule, make_schedule
 from puna.train.train_config import TrainConfig
+from puna.train.training_memory import peak_memory
 from puna.train.training_plan import TrainingPlan, make_plan
+from puna.train.training_samples import SampleMetrics
 from puna.train.training_state import (
     TrainerState,
     read_state,
@@ -63,15 +68,16 @@ class StepMetrics:
 
     step: int  # from 1 on
     epoch: float
-    loss: float  # mean over the step's trained tokens, before the step
+    loss: float  # mean over the step's trained tokens, or pairs or answers, before the step
     learning_rate: float
     grad_norm: float  # before clipping
     tokens: int
     trained_tokens: int
     seconds: float
-    margin: float | None = None  # of pairs: how far the chosen answers are ahead, times beta
+    margin: float | None = None  # how far the rewards of chosen answers are ahead of the others'
     accuracy: float | None = None  # of pairs: the share where they are ahead
-    peak_memory: int | None = None  # bytes on the accelerator
+    kl: float | None = None  # of kto: how far the model has moved, as its loss sees it
+    peak_memory: int | None = None  # bytes: on the accelerator, else of the process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +101,23 @@ class TrainResult:
     loss: float | None  # of the last step; None if there was none to do
     best_step: int | None  # by evaluation
     best_loss: float | None
+    stopped_early: bool = False  # since measured losses fell no more
+    report: Path | None = None
+    picture: Path | None = None
 
     @property
     def is_finished(self) -> bool:
-        """Say whether all steps were done: False after Ctrl-C."""
-        return self.step == self.total_steps
+        """Say whether it came to its end: False after Ctrl-C."""
+        return self.stopped_early or self.step == self.total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """Hold what a training works with once the model is loaded."""
 
-    network: Llama
-    peft_model: PeftModel | None
+    model: TrainedModel
     parameters: dict[str, nn.Parameter]
-    optimizer: Optimizer
+    optimizer: Optimizer | OptimizerInBackward
     schedule: Schedule
 
 
@@ -122,18 +130,19 @@ class Trainer:
         *,
         on_step: Callable[[StepMetrics], None] | None = None,
         on_eval: Callable[[EvalMetrics], None] | None = None,
+        on_sample: Callable[[SampleMetrics], None] | None = None,
+        on_batch: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read data and headers, not weights. Raises what is wrong with them; see `make_plan`."""
+        require_installed(config.report_to)
         self.output = Path(config.output).expanduser()
-        self.on_step, self.on_eval = on_step, on_eval
-        self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
-        before = None if self.checkpoint is None else read_state(self.checkpoint)
-        began = datetime.date.today() if before is None else before.config.date
+        self.on_step, self.on_eval, self.on_sample = on_step, on_eval, on_sample
+        self.on_batch = on_batch  # is given how many batches of the step are done, of how many
+        self._logs: list[Log] = []
+        self._look_for_checkpoint()
+        began = datetime.date.today() if self.before is None else self.before.config.date
         self.plan: TrainingPlan = make_plan(config, today=began)
         self.config = self.plan.config
-        self.before = before
-        self._best: tuple[int | None, float | None]
-        self._best = (None, None) if before is None else (before.best_step, before.best_loss)
 
     def train(self, *, resume: bool = False, force: bool = False) -> TrainResult:
         """Do all steps and write the result into the output folder.
@@ -142,36 +151,46 @@ class Trainer:
         `force` goes on although settings or data have changed, and begins although memory seems too small.
         Raises ParameterError where the folder holds another training, or the loss is not finite.
         """
+        self._look_for_checkpoint()  # there may be one by now: of this object, before Ctrl-C
         self._require_place(resume=resume, force=force)
         if not force:
             self.plan.require_memory()
-        network, peft_model = self._load()
+        model = self._load()
+        network = model.network
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         run = _Run(
-            network=network,
-            peft_model=peft_model,
+            model=model,
             parameters=parameters,
-            optimizer=make_optimizer(parameters, self.config),
+            optimizer=make_optimizer(network, self.config),
             schedule=self._schedule(),
         )
         step = self._go_on(run) if resume else 0
         _cut_metrics(self.output / METRICS_FILE, step)
         loss = None
-        with gradient_checkpointing(network, enabled=self.config.gradient_checkpointing), _CtrlC() as stop:
-            while step < self.plan.total_steps and not stop.wanted:
+        with (
+            reporting(
+                self.config.report_to, self.output, self.config.to_dict(), first_step=step + 1
+            ) as self._logs,
+            computing_in(network, self.plan.compute_dtype),
+            gradient_checkpointing(network, enabled=self.config.gradient_checkpointing),
+            _CtrlC() as stop,
+        ):
+            if step == 0:
+                self._measure(run, step)
+            while step < self.plan.total_steps and not stop.wanted and not self._stops_early(step):
                 metrics = self._step(run, step)
                 step, loss = metrics.step, metrics.loss
                 self._write_line(metrics)
                 if self.on_step is not None:
                     self.on_step(metrics)
-                is_last = step == self.plan.total_steps
-                is_due = is_last or (self.config.save_steps > 0 and step % self.config.save_steps == 0)
-                if is_due:
-                    self._evaluate(run, step)
-                if is_due or stop.wanted:
+                if self._is_due(step, self.config.eval_interval):
+                    self._measure(run, step)
+                if self._is_due(step, self.config.save_steps) or stop.wanted or self._stops_early(step):
                     self._save(run, step)
+                    self._report(step)
         best_step, best_loss = self._best
-        if step == self.plan.total_steps:
+        stopped_early = step < self.plan.total_steps and self._stops_early(step)
+        if step == self.plan.total_steps or stopped_early:
             if self.config.load_best_model_at_end and best_step is not None:
                 restore_parameters(checkpoint_folder(self.output, best_step), parameters)
             self._write_result(run)
@@ -182,9 +201,31 @@ class Trainer:
             loss=loss,
             best_step=best_step,
             best_loss=best_loss,
+            stopped_early=stopped_early,
+            report=self._report(step),
+            picture=write_picture(self.plan, History.read(self.output / METRICS_FILE), self.output),
         )
 
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step == self.plan.total_steps or (interval > 0 and step % interval == 0)
+
+    def _stops_early(self, step: int) -> bool:
+        """Say whether the last evaluations, as many as the patience, were all worse than the best one."""
+        patience, interval, best = (
+            self.config.early_stopping_patience,
+            self.config.eval_interval,
+            self._best[0],
+        )
+        return patience is not None and best is not None and step // interval - best // interval >= patience
+
     # -- before the first step
+
+    def _look_for_checkpoint(self) -> None:
+        self.checkpoint = next((path for _, path in reversed(list_checkpoints(self.output))), None)
+        before = None if self.checkpoint is None else read_state(self.checkpoint)
+        self.before = before
+        self._best: tuple[int | None, float | None]
+        self._best = (None, None) if before is None else (before.best_step, before.best_loss)
 
     def _require_place(self, *, resume: bool, force: bool) -> None:
         remove_leftovers(self.output)
@@ -195,22 +236,26 @@ class Trainer:
         if not force:
             require_same(self.before, self.config, self.plan.data_hash, folder=self.checkpoint)
 
-    def _load(self) -> tuple[Llama, PeftModel | None]:
+    def _load(self) -> TrainedModel:
         """Load the model, with a fresh adapter in it unless it is trained whole."""
-        network = load_base(
-            self.config, self.plan.checkpoint, dtype=self.plan.dtype, device=self.plan.device
-        ).train()
+        network = self._load_base().train()
         torch.manual_seed(self.config.seed)
         if self.config.method == "full":
-            network.requires_grad_()
-            return network, None
+            reference = None
+            if compares(self.config.objective):
+                reference = self._load_base().eval().requires_grad_(False)
+            return TrainedModel(network=network.requires_grad_(), reference=reference)
         lora = replace(
             self.config.lora,
             base_model_name_or_path=self.config.model,
             task_type="CAUSAL_LM",
             inference_mode=False,
         )
-        return network, get_peft_model(network, lora)
+        return TrainedModel(network=network, peft_model=get_peft_model(network, lora))
+
+    def _load_base(self) -> Llama:
+        plan = self.plan
+        return load_base(self.config, plan.checkpoint, dtype=plan.dtype, device=plan.device)
 
     def _schedule(self) -> Schedule:
         return make_schedule(
@@ -234,83 +279,95 @@ class Trainer:
         """Compute the gradients of a step's batches and move the parameters once."""
         began = time.perf_counter()
         batches = self.plan.micro_batches(step)
-        count = sum(map(self._count, batches))
-        total, margins = 0.0, []
-        for batch in batches:
-            loss, margin = self._loss(run, batch)
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-            margins += margin
-        if not math.isfinite(total):
-            raise ParameterError(f"the loss of step {step + 1} is {total}: try a lower learning_rate")
-        if step == 0:
+        share_of_rate = run.schedule(step)
+        set_rates(run.optimizer, share_of_rate)
+        totals = step_totals(run.model, self.config, batches, self.plan.mismatched_batches(step))
+        loss, shares = 0.0, []
+        for number, batch in enumerate(batches, start=1):
+            with activation_offload(enabled=self.config.activation_offloading):
+                share = batch_share(run.model, self.config, batch.to(self.plan.device), totals)
+            loss += _finite(share.loss.item(), "loss", step)
+            share.loss.backward()  # type: ignore[no-untyped-call]
+            shares.append(share)
+            if self.on_batch is not None:
+                self.on_batch(number, len(batches))
+        if step == 0 and isinstance(run.optimizer, Optimizer):
             _warn_of_untrained(run.parameters)
-        bound = self.config.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(run.parameters.values(), bound)
-        rate = self.config.rate * run.schedule(step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        norm = self._move(run, step)
         return StepMetrics(
             step=step + 1,
             epoch=round((step + 1) / self.plan.steps_per_epoch, 4),
-            loss=total / count,
-            learning_rate=rate,
-            grad_norm=norm.item(),
+            loss=loss,
+            learning_rate=self.config.rate * share_of_rate,
+            grad_norm=norm,
             tokens=sum(batch.num_tokens for batch in batches),
             trained_tokens=sum(batch.num_trained for batch in batches),
             seconds=time.perf_counter() - began,
-            margin=_mean(margins),
-            accuracy=_mean([margin > 0 for margin in margins]),
+            margin=_margin(shares),
+            accuracy=_accuracy(shares),
+            kl=totals.kl,
             peak_memory=_peak_memory(self.plan.device),
         )
 
-    def _loss(self, run: _Run, batch: Batch) -> tuple[Tensor, list[float]]:
-        """Return the summed loss of a batch, and of pairs how far the chosen answers are ahead."""
-        batch = batch.to(self.plan.device)
-        if self.config.objective == "sft" or run.peft_model is None:
-            return batch_loss(run.network, batch), []
-        losses = pair_losses(run.peft_model, batch, self.config.beta)
-        return losses.loss, losses.margins.tolist()
+    def _move(self, run: _Run, step: int) -> float:
+        """Move the parameters by their gradients, clipped; return the norm before."""
+        if isinstance(run.optimizer, OptimizerInBackward):  # they have moved
+            return _finite(run.optimizer.take_norm(), "gradient", step)
+        bound = self.config.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(run.parameters.values(), bound).item()
+        _finite(norm, "gradient", step)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return norm
 
-    def _count(self, batch: Batch) -> int:
-        """Count what the loss is the mean over: trained tokens, or pairs."""
-        return batch.num_trained if self.config.objective == "sft" else batch.num_examples // 2
+    def _measure(self, run: _Run, step: int) -> None:
+        """Measure what is held out, and let prompts be answered."""
+        if self.plan.eval_examples and (step > 0 or self.config.eval_on_start):
+            self._evaluate(run, step)
+        if self.plan.sample_prompts is not None:
+            samples = SampleMetrics(step=step, samples=self.plan.sample_prompts.answers(run.model.network))
+            self._write_line(samples)
+            if self.on_sample is not None:
+                self.on_sample(samples)
 
     @torch.no_grad()
     def _evaluate(self, run: _Run, step: int) -> None:
         """Measure the rows that are held out, and remember the best step."""
-        if not self.plan.eval_examples:
-            return
         began = time.perf_counter()
-        run.network.eval()
-        total, count, margins = 0.0, 0, []
-        for batch in self.plan.eval_batches():
-            part, margin = self._loss(run, batch)
-            total += part.item()
-            count += self._count(batch)
-            margins += margin
-        run.network.train()
-        loss = total / count
-        if self._best[1] is None or loss < self._best[1]:
+        run.model.network.eval()
+        batches, device = list(self.plan.eval_batches()), self.plan.device
+        totals = step_totals(run.model, self.config, batches, self.plan.mismatched_eval_batches())
+        shares = [batch_share(run.model, self.config, batch.to(device), totals) for batch in batches]
+        run.model.network.train()
+        loss = sum(share.loss.item() for share in shares)
+        if step > 0 and (self._best[1] is None or loss < self._best[1]):
             self._best = (step, loss)
         metrics = EvalMetrics(
             step=step,
             eval_loss=loss,
-            eval_perplexity=None if margins else math.exp(min(loss, 700)),  # beyond, no float has it
-            eval_accuracy=_mean([margin > 0 for margin in margins]),
+            eval_perplexity=math.exp(min(loss, 700)) if self.config.objective == "sft" else None,
+            eval_accuracy=_accuracy(shares),
             eval_seconds=time.perf_counter() - began,
         )
         self._write_line(metrics)
         if self.on_eval is not None:
             self.on_eval(metrics)
 
-    def _write_line(self, metrics: StepMetrics | EvalMetrics) -> None:
+    def _write_line(self, metrics: StepMetrics | EvalMetrics | SampleMetrics) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         values = {name: value for name, value in asdict(metrics).items() if value is not None}
         with (self.output / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        for log in self._logs:
+            log(metrics.step, curve_names(values))
+
+    def _report(self, step: int) -> Path | None:
+        """Write the report of the training so far."""
+        done = step == self.plan.total_steps or self._stops_early(step)
+        state = f"{'finished' if done else 'stands'} after step {step:,} of {self.plan.total_steps:,}"
+        now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+        history = History.read(self.output / METRICS_FILE)
+        return write_report(self.plan, history, self.output, state=f"{state}, {now}", best_step=self._best[0])
 
     # -- files
 
@@ -327,40 +384,23 @@ class Trainer:
 
         def write(folder: Path) -> None:
             folder.mkdir()
-            if run.peft_model is not None:
-                run.peft_model.save_pretrained(folder)
+            if run.model.peft_model is not None:
+                run.model.peft_model.save_pretrained(folder)
             write_state(folder, state, dict(run.parameters), run.optimizer)
 
         save_checkpoint(self.output, step, write, limit=self.config.save_total_limit, best=best_step)
 
     def _write_result(self, run: _Run) -> None:
         """Write an adapter in PEFT's files, or a whole model as a Hugging Face folder."""
-        if run.peft_model is None:
-            _write_into(run.network, self.plan.path, self.output)
+        if run.model.peft_model is None:
+            _write_into(run.model.network, self.plan.path, self.output)
             return
-        run.peft_model.save_pretrained(self.output)
+        run.model.peft_model.save_pretrained(self.output)
         if self.config.merge:
             base = load_model(self.plan.path)
             merged = PeftModel.from_pretrained(base, self.output).merge_and_unload(safe_merge=True)
             shutil.rmtree(self.output / "merged", ignore_errors=True)
             write_hf(merged, self.plan.path, self.output / "merged")
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> Optimizer:
-    """Make a fused AdamW; norms and biases do not decay, as in Transformers."""
-    groups = {
-        config.weight_decay: [p for p in parameters.values() if p.ndim > 1],
-        0.0: [p for p in parameters.values() if p.ndim <= 1],
-    }
-    if not config.weight_decay:
-        groups = {0.0: list(parameters.values())}
-    return AdamW(
-        [{"params": members, "weight_decay": decay} for decay, members in groups.items() if members],
-        lr=config.rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
 
 
 def _warn_of_untrained(parameters: dict[str, nn.Parameter]) -> None:
@@ -370,22 +410,38 @@ def _warn_of_untrained(parameters: dict[str, nn.Parameter]) -> None:
         logger.warning("the first step gave %d parameters no gradient, such as %s", len(idle), idle[0])
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _finite(value: float, what: str, step: int) -> float:
+    if not math.isfinite(value):
+        raise ParameterError(f"the {what} of step {step + 1} is {value}: try a lower learning_rate")
+    return value
+
+
+def _margin(shares: Sequence[BatchShare]) -> float | None:
+    """Return how far the mean reward of chosen answers is ahead, where there are both."""
+    chosen = [reward for share in shares for reward in share.chosen]
+    rejected = [reward for share in shares for reward in share.rejected]
+    return sum(chosen) / len(chosen) - sum(rejected) / len(rejected) if chosen and rejected else None
+
+
+def _accuracy(shares: Sequence[BatchShare]) -> float | None:
+    """Return the share of pairs whose chosen answer is ahead."""
+    pairs = [zip(share.chosen, share.rejected, strict=True) for share in shares if share.are_pairs]
+    ahead = [chosen > rejected for some in pairs for chosen, rejected in some]
+    return sum(ahead) / len(ahead) if ahead else None
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
+    """Drop the lines of steps that will be done again; before the first step all of them."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:  # the last line of a process that was killed
             continue
@@ -424,3 +480,4 @@ class _CtrlC:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+        logger.warning("ending after this step, and saving; Ctrl-C once more ends at once, without")

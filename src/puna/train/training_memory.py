@@ -6,6 +6,7 @@ to what is really kept, and the number of trained parameters to that of real ada
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,7 @@ from puna.model.lora_match import is_target, pattern_value
 from puna.model.moe import Experts
 from puna.train.base_model import four_bit_names, is_packed
 from puna.train.losses import CHUNK_ROWS
+from puna.train.methods import compares
 from puna.train.train_config import TrainConfig
 from puna.weights.loader import Checkpoint
 
@@ -102,24 +104,32 @@ def estimate_memory(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
+    compute_dtype: torch.dtype,
     trained: int,
     tokens: int,
 ) -> dict[str, int]:
     """Return bytes by part; `tokens` is the most that are computed at once.
 
     Trained parameters of adapters are float32, those of a whole model have its dtype; AdamW holds two more
-    values of each.
+    values of each, of a byte each in 8 bits, and where it is paged none on the device if need be.
     """
     full = config.method == "full"
     size = dtype.itemsize if full else 4
     head = network.config.vocab_size * network.config.hidden_size * dtype.itemsize if full else 0
+    gradients = trained
+    if config.optimizer_in_backward:  # one at a time; that of a tied head is made before
+        gradients = max(p.numel() for p in network.parameters())
+    moments = 2 if config.optim == "adamw_8bit" else 0 if config.optim.startswith("paged") else 2 * size
+    weights = _weight_bytes(network, config, checkpoint, dtype)
+    has_copy = full and compares(config.objective)
     logits = 3 * min(tokens, CHUNK_ROWS) * network.config.vocab_size * 4  # with their softmax and gradient
     return {
-        "weights": _weight_bytes(network, config, checkpoint, dtype),
+        "weights": weights,
+        **({"reference": weights} if has_copy else {}),
         **({} if full else {"adapter": trained * size}),
-        "gradients": trained * size,
-        "optimiser": 2 * trained * size,
-        "activations": activation_bytes(network, config, dtype, tokens),
+        "gradients": gradients * size,
+        "optimiser": trained * moments,
+        "activations": activation_bytes(network, config, compute_dtype, tokens),
         "loss": logits + head,
     }
 
@@ -167,3 +177,13 @@ def free_on(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()
+
+
+def peak_memory() -> int | None:
+    """Return the most bytes that this process has held so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

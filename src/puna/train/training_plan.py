@@ -23,13 +23,17 @@ from puna.locate import find_model
 from puna.model.config import LlamaConfig
 from puna.text.chat import choose_template
 from puna.text.tokenizer import Tokenizer, load_tokenizer
-from puna.train.base_model import choose_device, choose_dtype, is_packed
+from puna.train.activation_offload import require_offload
+from puna.train.base_model import choose_compute_dtype, choose_device, choose_dtype, is_packed
 from puna.train.data_files import read_records
 from puna.train.encoding import ChatRendering, Example, encode_pairs, encode_rows
-from puna.train.packing import Batch, epoch_order, pack
-from puna.train.rows import PairRow, Row, read_rows
+from puna.train.methods import Objective, auto_learning_rate, has_pairs
+from puna.train.optimizers import require_optimizer
+from puna.train.packing import Batch, epoch_order, mismatched, pack
+from puna.train.rows import PairRow, Row, TextRow, read_rows
 from puna.train.train_config import TrainConfig
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
+from puna.train.training_samples import SamplePrompts
 from puna.weights.loader import Checkpoint, empty_model, open_checkpoint
 
 
@@ -40,12 +44,14 @@ class TrainingPlan:
     config: TrainConfig
     path: Path  # of the model
     checkpoint: Checkpoint
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
+    compute_dtype: torch.dtype  # of activations
     device: torch.device
     num_rows: int
     examples: Sequence[Example]
     packs: Sequence[Sequence[int]]  # indices of examples that are computed as one row
     eval_examples: Sequence[Example]
+    sample_prompts: SamplePrompts | None
     total_steps: int
     parameters: int
     trained_parameters: int
@@ -80,20 +86,35 @@ class TrainingPlan:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Return the batches of a step, from 0 on, whose gradients are added up."""
+        return [Batch.of(members) for members in self._members(step)]
+
+    def mismatched_batches(self, step: int) -> list[Batch]:
+        """Return a step's prompts with the answers of one another, on which KTO measures; else nothing."""
+        if self.config.objective != "kto":
+            return []
+        return self._mismatched([example for members in self._members(step) for example in members])
+
+    def _members(self, step: int) -> list[list[Example]]:
         size = self.config.per_device_train_batch_size
         per_step = size * self.config.gradient_accumulation_steps
         epoch, index = divmod(step, self.steps_per_epoch)
         order = epoch_order(len(self.packs), self.config.seed, epoch)
         chosen = order[index * per_step : (index + 1) * per_step]
-        return [self._batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        batches = (chosen[start : start + size] for start in range(0, len(chosen), size))
+        return [[self.examples[i] for number in batch for i in self.packs[number]] for batch in batches]
 
-    def _batch(self, packs: Sequence[int]) -> Batch:
-        return Batch.of([self.examples[index] for number in packs for index in self.packs[number]])
+    def _mismatched(self, examples: Sequence[Example]) -> list[Batch]:
+        others = mismatched(examples, self.config.max_length)
+        return [Batch.of([others[index] for index in members]) for members in _packs(self.config, others)]
 
     def eval_batches(self) -> Iterator[Batch]:
         """Yield the batches that an evaluation measures."""
         for members in _packs(self.config, self.eval_examples):
             yield Batch.of([self.eval_examples[index] for index in members])
+
+    def mismatched_eval_batches(self) -> list[Batch]:
+        """Return what `mismatched_batches` does, of all rows that an evaluation measures."""
+        return self._mismatched(self.eval_examples) if self.config.objective == "kto" else []
 
     @cached_property
     def data_hash(self) -> str:
@@ -103,6 +124,8 @@ class TrainingPlan:
             digest.update(len(example.ids).to_bytes(8, "little"))
             digest.update(array("q", example.ids).tobytes())
             digest.update(bytes(example.trained))
+            if example.label is not None:
+                digest.update(bytes([example.label]))
         return digest.hexdigest()
 
     def require_memory(self) -> None:
@@ -127,12 +150,19 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
     _require_trainable(config, checkpoint)
     tokenizer = load_tokenizer(path)
     config = with_date(config, tokenizer, today)
+    if config.learning_rate == "auto":
+        rate = auto_learning_rate(config.method, checkpoint.config.hidden_size)
+        config = dataclasses.replace(config, learning_rate=rate)
     rows, eval_rows = read_data(config)
     examples = encode_data(rows, config, tokenizer, checkpoint.config)
     eval_examples = encode_data(eval_rows, config, tokenizer, checkpoint.config) if eval_rows else []
     packs = _packs(config, examples)
     device = choose_device(config)
-    dtype = choose_dtype(config, checkpoint, device)
+    require_optimizer(config, device)
+    if config.activation_offloading:
+        require_offload(device)
+    dtype = choose_dtype(config, checkpoint)
+    compute_dtype = choose_compute_dtype(config, checkpoint, dtype, device)
     network = empty_model(checkpoint.config)
     trained = count_trained(network, config)
     memory = estimate_memory(
@@ -140,6 +170,7 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         config,
         checkpoint,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         trained=trained,
         tokens=_most_tokens(config, examples, packs),
     )
@@ -149,11 +180,13 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         path=path,
         checkpoint=checkpoint,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         device=device,
         num_rows=len(rows),
         examples=examples,
         packs=packs,
         eval_examples=eval_examples,
+        sample_prompts=_sample_prompts(config, rows, tokenizer, checkpoint.config),
         total_steps=config.max_steps or math.ceil(epochs),
         parameters=count_parameters(network, config) + (0 if config.method == "full" else trained),
         trained_parameters=trained,
@@ -185,18 +218,18 @@ def encode_data(
         raise ParameterError(
             f"max_length {config.max_length} is above the model's context of {model.context_length} tokens"
         )
-    rendering = ChatRendering(template=config.chat_template, chat_format=config.chat_format, date=config.date)
+    rendering = _rendering(config)
+    require_rows_of(config.objective, rows)
     pairs = [row for row in rows if isinstance(row, PairRow)]
     plain = [row for row in rows if not isinstance(row, PairRow)]
     length, overlong = config.max_length, config.overlong
-    if config.objective == "dpo" and plain:
-        raise ParameterError(f"{plain[0].place}: objective 'dpo' needs pairs: chosen and rejected")
-    if config.objective == "sft" and pairs:
-        raise ParameterError(f"{pairs[0].place}: pairs (chosen, rejected) are for objective 'dpo'")
+    examples: list[Example] = []
     if pairs:
-        examples = encode_pairs(pairs, tokenizer, max_length=length, overlong=overlong, rendering=rendering)
-    else:
-        examples = encode_rows(plain, tokenizer, max_length=length, overlong=overlong, rendering=rendering)
+        examples += encode_pairs(pairs, tokenizer, max_length=length, overlong=overlong, rendering=rendering)
+    if pairs and config.objective == "kto":  # as in TRL: a desirable answer and one that is not
+        examples = [dataclasses.replace(e, label=i % 2 == 0) for i, e in enumerate(examples)]
+    if plain:
+        examples += encode_rows(plain, tokenizer, max_length=length, overlong=overlong, rendering=rendering)
     for example in examples:
         if max(example.ids) >= model.vocab_size:
             raise ParameterError(
@@ -204,6 +237,50 @@ def encode_data(
                 f"{model.vocab_size}: its tokenizer is that of another model"
             )
     return examples
+
+
+def _sample_prompts(
+    config: TrainConfig, rows: Sequence[Row], tokenizer: Tokenizer, model: LlamaConfig
+) -> SamplePrompts | None:
+    """Encode the prompts as the rows are: as texts where no row is a chat."""
+    if not config.sample_prompts:
+        return None
+    answers = (row.chosen if isinstance(row, PairRow) else row for row in rows)
+    is_text = all(isinstance(row, TextRow) for row in answers)
+    return SamplePrompts.encode(
+        config.sample_prompts,
+        tokenizer,
+        max_tokens=config.sample_max_tokens,
+        context_length=model.context_length,
+        rendering=None if is_text else _rendering(config),
+    )
+
+
+def _rendering(config: TrainConfig) -> ChatRendering:
+    return ChatRendering(template=config.chat_template, chat_format=config.chat_format, date=config.date)
+
+
+def require_rows_of(objective: Objective, rows: Sequence[Row]) -> None:
+    """Raise ParameterError naming the first row that is not for an objective."""
+    for row in rows:
+        is_pair = isinstance(row, PairRow)
+        has_label = not isinstance(row, PairRow) and row.label is not None
+        if objective == "sft" and is_pair:
+            raise ParameterError(
+                f"{row.place}: pairs (chosen, rejected) are for objective 'dpo', 'orpo' or 'kto'"
+            )
+        if objective == "sft" and has_label:
+            raise ParameterError(
+                f"{row.place}: an answer with a label is for objective 'kto'; with data_format "
+                "'prompt-completion' the label is not read"
+            )
+        if has_pairs(objective) and not is_pair:
+            raise ParameterError(f"{row.place}: objective {objective!r} needs pairs: chosen and rejected")
+        if objective == "kto" and not is_pair and not has_label:
+            raise ParameterError(
+                f"{row.place}: objective 'kto' needs answers with labels (prompt, completion, label), or "
+                "pairs"
+            )
 
 
 def with_date(config: TrainConfig, tokenizer: Tokenizer, today: datetime.date | None) -> TrainConfig:
@@ -223,7 +300,7 @@ def steps_of_epoch(config: TrainConfig, num_packs: int) -> int:
 
 
 def _packs(config: TrainConfig, examples: Sequence[Example]) -> list[list[int]]:
-    size = 2 if config.objective == "dpo" else 1  # both answers of a pair stay together
+    size = 2 if has_pairs(config.objective) else 1  # both answers of a pair stay together
     units = [range(start, start + size) for start in range(0, len(examples), size)]
     lengths = [sum(len(examples[index].ids) for index in unit) for unit in units]
     capacity = size * config.max_length

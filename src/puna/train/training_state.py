@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from puna.errors import CheckpointError, ConfigError, ParameterError, UnsupportedError
+from puna.train.optimizers import OptimizerInBackward, load_moments
 from puna.train.train_config import TrainConfig
 from puna.weights.files import list_names, open_safetensors, read_json_object
 
+AnyOptimizer = Optimizer | OptimizerInBackward
 _STATE, _PARAMETERS, _REST = "trainer_state.json", "trained.safetensors", "optimizer.pt"
 
 
@@ -36,7 +38,7 @@ class TrainerState:
 
 
 def write_state(
-    folder: Path, state: TrainerState, parameters: Mapping[str, Tensor], optimizer: Optimizer
+    folder: Path, state: TrainerState, parameters: Mapping[str, Tensor], optimizer: AnyOptimizer
 ) -> None:
     """Write everything into a folder that is there."""
     whole = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
@@ -59,12 +61,12 @@ def read_state(folder: Path) -> TrainerState:
         raise CheckpointError(folder / _STATE, f"is not of this version: {error}") from error
 
 
-def restore(folder: Path, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+def restore(folder: Path, parameters: Mapping[str, Tensor], optimizer: AnyOptimizer) -> None:
     """Put everything back. Raises CheckpointError for what does not fit."""
     restore_parameters(folder, parameters)
     try:
         rest = torch.load(folder / _REST, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(rest["optimizer"])
+        load_moments(optimizer, rest["optimizer"])
         torch.set_rng_state(rest["rng"])
         if "cuda_rng" in rest and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(rest["cuda_rng"])

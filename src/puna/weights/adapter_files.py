@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.errors import CheckpointError, ConfigError, ModelNotFoundError
+from puna.model.config import LlamaConfig
 from puna.model.lora_config import LoraConfig
 from puna.weights.files import open_safetensors, open_torch_file, read_json_object
 
@@ -28,6 +29,7 @@ PREFIX = "base_model.model."
 
 _MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
 _NAMED = re.compile(r"\.(lora_A|lora_B)\.(?!weight$|bias$)[^.]+\.(weight|bias)$")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _NAMED_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
@@ -86,6 +88,26 @@ def write_adapter(
     os.replace(part, folder / WEIGHTS_FILE)
     values = config.to_dict() | {"inference_mode": True, "auto_mapping": auto_mapping}
     write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
+
+
+def config_for(tensors: Mapping[str, Tensor], base: LlamaConfig | None, **values: Any) -> LoraConfig:
+    """Make the config of read tensors, with targets that mean just the modules that they belong to."""
+    values["lora_alpha"] = int(alpha) if (alpha := values["lora_alpha"]) == int(alpha) else alpha
+    modules = sorted({re.sub(r"\.lora_.*", "", name) for name in tensors})
+    found = [match for module in modules if (match := _LAYER.fullmatch(module))]
+    in_layer: dict[int, set[str]] = {}
+    for match in found:
+        in_layer.setdefault(int(match[1]), set()).add(match[2].rpartition(".")[2])
+    others = [module for module in modules if not _LAYER.fullmatch(module)]
+    if len({frozenset(leaves) for leaves in in_layer.values()}) != 1:
+        return LoraConfig(target_modules=modules, task_type="CAUSAL_LM", **values)
+    whole = base is not None and len(in_layer) == base.num_hidden_layers
+    return LoraConfig(
+        target_modules=sorted(next(iter(in_layer.values()))) + others,
+        layers_to_transform=None if whole else sorted(in_layer),
+        task_type="CAUSAL_LM",
+        **values,
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Read adapters of mlx-lm, torchtune and LitGPT into PEFT's config and names; PEFT's own too.
+"""Read adapters of mlx-lm, torchtune, LitGPT and llama.cpp into PEFT's config and names; PEFT's own too.
 
 mlx-lm keeps both factors transposed and a scale in place of alpha; torchtune has Meta's names and its order
 of the rows of q and k; LitGPT keeps q, k and v in one pair of factors. Formats: mlx_lm/tuner (0367286),
@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError, UnsupportedError
+from puna.gguf_header import is_gguf
 from puna.model.config import LlamaConfig
 from puna.model.lora_config import LoraConfig
 from puna.weights.adapter_files import (
     CONFIG_FILE,
     OLD_WEIGHTS_FILE,
     WEIGHTS_FILE,
+    config_for,
     read_adapter_config,
     read_adapter_tensors,
 )
 from puna.weights.files import TensorFile, list_names, open_safetensors, open_torch_file, read_json_object
+from puna.weights.gguf_lora import read_gguf_adapter
 
-AdapterKind = Literal["peft", "mlx-lm", "torchtune", "litgpt"]
+AdapterKind = Literal["peft", "mlx-lm", "torchtune", "litgpt", "gguf"]
 
 _MLX_FILE = "adapters.safetensors"
 _LITGPT_FILE = "lit_model.pth.lora"
@@ -64,12 +67,13 @@ _LITGPT_MODULES = {
     "mlp.fc_2": "mlp.up_proj",
     "mlp.proj": "mlp.down_proj",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def adapter_kind(folder: Path | str) -> AdapterKind:
-    """Say which tool's adapter a folder holds. Raises ModelNotFoundError where there is none."""
+    """Say which tool's adapter a folder or file holds. Raises ModelNotFoundError where there is none."""
     folder = Path(folder).expanduser()
+    if folder.is_file() and is_gguf(folder):
+        return "gguf"
     if any((folder / name).is_file() for name in (WEIGHTS_FILE, OLD_WEIGHTS_FILE)):
         return "peft"
     if (folder / _MLX_FILE).is_file():
@@ -78,7 +82,7 @@ def adapter_kind(folder: Path | str) -> AdapterKind:
         return "litgpt"
     if _torchtune_files(folder):
         return "torchtune"
-    wanted = f"{CONFIG_FILE} with {WEIGHTS_FILE}, {_MLX_FILE}, {_LITGPT_FILE} or adapter_0.pt"
+    wanted = f"{CONFIG_FILE} with {WEIGHTS_FILE}, {_MLX_FILE}, {_LITGPT_FILE}, adapter_0.pt, or a .gguf file"
     raise ModelNotFoundError(f"{folder}: no adapter: looked for {wanted}")
 
 
@@ -87,7 +91,7 @@ def read_any_adapter(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Read an adapter folder of any tool: the config as PEFT's, and tensors by their names in the model.
 
-    `base` is needed for torchtune and LitGPT; `alpha` where the folder does not say it. Raises
+    `base` is needed for torchtune, LitGPT and GGUF; `alpha` where the folder does not say it. Raises
     ModelNotFoundError, ConfigError, CheckpointError, UnsupportedError, ParameterError.
     """
     folder, kind = Path(folder).expanduser(), adapter_kind(folder)
@@ -99,6 +103,8 @@ def read_any_adapter(
         return _read_mlx(folder, base)
     if base is None:
         raise ParameterError(f"{folder}: reading a {kind} adapter needs the config of its base model")
+    if kind == "gguf":
+        return read_gguf_adapter(folder, base)
     return _read_torchtune(folder, base, alpha) if kind == "torchtune" else _read_litgpt(folder, base)
 
 
@@ -119,7 +125,7 @@ def _read_mlx(folder: Path, base: LlamaConfig | None) -> tuple[LoraConfig, dict[
         value = _float_tensor(file, name)
         tensors[f"{module}.{_MLX_LEAVES[leaf]}"] = value if leaf == "m" else _transposed(file, name, value)
     rank = _rank(file, tensors)
-    return _config(
+    return config_for(
         tensors,
         base,
         r=rank,
@@ -150,7 +156,7 @@ def _read_torchtune(
             value = _halves_from_pairs(file, name, value, heads[match["module"]])
         tensors[f"{_module(match, _TORCHTUNE_MODULES)}.{leaf}"] = value
     dora = any(name.endswith("lora_magnitude_vector") for name in tensors)
-    return _config(
+    return config_for(
         tensors,
         base,
         r=_rank(file, tensors),
@@ -175,7 +181,7 @@ def _read_litgpt(folder: Path, base: LlamaConfig) -> tuple[LoraConfig, dict[str,
                 tensors[f"model.layers.{match['layer']}.self_attn.{part}.{leaf}"] = rows
         else:
             tensors[f"{_module(match, _LITGPT_MODULES)}.{leaf}"] = value
-    return _config(
+    return config_for(
         tensors,
         base,
         r=_rank(file, tensors),
@@ -205,26 +211,6 @@ def _halves_from_pairs(file: TensorFile, name: str, value: Tensor, num_heads: in
         raise CheckpointError(file.path, f"{name} has {value.shape[0]} rows, not {num_heads} even heads")
     rows = torch.arange(value.shape[0]).view(num_heads, -1, 2).transpose(1, 2).reshape(-1)
     return value[rows]
-
-
-def _config(tensors: Mapping[str, Tensor], base: LlamaConfig | None, **values: Any) -> LoraConfig:
-    """Make the config of read tensors, with targets that mean just the modules that they belong to."""
-    values["lora_alpha"] = int(alpha) if (alpha := values["lora_alpha"]) == int(alpha) else alpha
-    modules = sorted({re.sub(r"\.lora_.*", "", name) for name in tensors})
-    found = [match for module in modules if (match := _LAYER.fullmatch(module))]
-    in_layer: dict[int, set[str]] = {}
-    for match in found:
-        in_layer.setdefault(int(match[1]), set()).add(match[2].rpartition(".")[2])
-    others = [module for module in modules if not _LAYER.fullmatch(module)]
-    if len({frozenset(leaves) for leaves in in_layer.values()}) != 1:
-        return LoraConfig(target_modules=modules, task_type="CAUSAL_LM", **values)
-    whole = base is not None and len(in_layer) == base.num_hidden_layers
-    return LoraConfig(
-        target_modules=sorted(next(iter(in_layer.values()))) + others,
-        layers_to_transform=None if whole else sorted(in_layer),
-        task_type="CAUSAL_LM",
-        **values,
-    )
 
 
 def _rank(file: TensorFile, tensors: Mapping[str, Tensor]) -> int:

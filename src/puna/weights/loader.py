@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -176,8 +177,15 @@ def load_model(
 
 def empty_model(config: LlamaConfig) -> Llama:
     """Build a model for its shapes, on the meta device: it takes no memory."""
-    with torch.device("meta"), _WithoutInit():
+    with without_memory():
         return Llama(config)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Make modules for their shapes within the block, on the meta device; nothing is drawn for them."""
+    with torch.device("meta"), _WithoutInit():
+        yield
 
 
 def _require_device(named: torch.device | str) -> None:

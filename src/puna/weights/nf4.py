@@ -2,14 +2,12 @@
 
 Bytes, scales and nested state equal those of bitsandbytes 0.50 for the same weight, and so do the tensors
 that it saves beside a packed weight. NF4 and double quantisation: arXiv 2305.14314; the 8-bit code:
-2110.02861. The linear here is the reference: it makes the whole weight again for every use, in the dtype of
-its input.
+2110.02861. The linear makes a few rows of the weight again at a time, in compiled code where it is there.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from puna.errors import ParameterError, UnsupportedError
+from puna.kernels import compiled
+from puna.kernels.frozen_linear import frozen_linear
 
 QuantType = Literal["nf4", "fp4"]
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_AT_ONCE = 1 << 20  # values that are packed at once: a whole number of blocks of every size
 _TINY = 1e-38  # stands for the scale of a block of zeros
 _NF4 = (
     -1.0,
@@ -63,18 +64,40 @@ class FourBitTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return all values as a new tensor; each is computed in float32 and rounded once to `dtype`."""
-        packed = self.data.view(-1)
-        places = torch.stack((packed >> 4, packed & 15), dim=1).view(-1).long()
-        values = four_bit_code(self.quant_type).to(packed.device)[places][: math.prod(self.shape)]
-        scales = self.scales().repeat_interleave(self.block_size)[: values.numel()]
-        return (values * scales).view(self.shape).to(dtype)
+        out = torch.empty(self.shape, device=self.data.device)
+        self._write(0, out)
+        return out.to(dtype)
 
-    def scales(self) -> Tensor:
-        """Return the scale of each block in float32."""
+    def write_rows(self, start: int, out: Tensor) -> None:
+        """Write the rows of the matrix from `start` on to out, (rows, in_features), contiguous."""
+        self._write(start * self.shape[1], out)
+
+    def _write(self, first: int, out: Tensor) -> None:
+        """Write the values from `first` on, flat: by the compiled kernel, or by its twin in torch."""
+        kernels = compiled()
+        is_plain = out.dtype == torch.float32 and first % self.block_size == 0
+        if kernels is not None and is_plain and out.device.type == self.data.device.type == "cpu":
+            kernels.dequantize_4bit(self, four_bit_code(self.quant_type), dynamic_code(), first, out)
+        else:
+            out.copy_(self._values(first, out.numel()).view(out.shape))
+
+    def _values(self, first: int, count: int) -> Tensor:
+        stop = first + count
+        packed = self.data.view(-1)[first // 2 : (stop + 1) // 2]
+        places = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[first % 2 :][:count].int()
+        values = four_bit_code(self.quant_type).to(packed.device)[places]
+        blocks = torch.arange(first, stop, device=packed.device) // self.block_size
+        begin = first // self.block_size
+        return values * self.scales(begin, -(-stop // self.block_size))[blocks - begin]
+
+    def scales(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """Return the scales of blocks [begin, end) in float32."""
+        absmax = self.absmax.view(-1)[begin:end]
         if self.nested_absmax is None or self.nested_offset is None:
-            return self.absmax
-        nested = self.nested_absmax.repeat_interleave(_NESTED_BLOCK)[: self.absmax.numel()]
-        return dynamic_code().to(nested.device)[self.absmax.long()] * nested + self.nested_offset
+            return absmax
+        numbers = torch.arange(begin, begin + absmax.numel(), device=absmax.device)
+        nested = self.nested_absmax[numbers // _NESTED_BLOCK]
+        return dynamic_code().to(nested.device)[absmax.int()] * nested + self.nested_offset
 
     def to(self, device: torch.device | str) -> FourBitTensor:
         """Return the same values on another device."""
@@ -162,13 +185,17 @@ def quantize_4bit(
     _check(quant_type, block_size)
     code = four_bit_code(quant_type)
     ordered, order = code.sort(stable=True)  # FP4 has two zeros: the second is for small positive values
-    absmax, scaled = _blocks(weight, block_size)
-    scaled = functional.pad(scaled, (0, scaled.numel() % 2))
-    places = order[torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2)].to(torch.uint8)
-    packed = ((places[::2] << 4) | places[1::2]).unsqueeze(1)
+    borders = (ordered[:-1] + ordered[1:]) / 2
+    codes, found, scales = order.to(torch.uint8), [], []
+    for values in torch.split(weight.detach().reshape(-1), _AT_ONCE):
+        absmax, scaled = _blocks(values, block_size)
+        scaled = functional.pad(scaled, (0, scaled.numel() % 2))
+        places = codes[torch.bucketize(scaled, borders, out_int32=True)]
+        found.append((places[::2] << 4) | places[1::2])
+        scales.append(absmax)
     plain = FourBitTensor(
-        data=packed,
-        absmax=absmax,
+        data=torch.cat(found).unsqueeze(1),
+        absmax=torch.cat(scales),
         shape=weight.shape,
         dtype=weight.dtype,
         quant_type=quant_type,
@@ -268,7 +295,7 @@ class FourBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of x."""
-        out = dequantized_linear(x, self.quantized)
+        out = frozen_linear(x, self.quantized)
         return out if self.bias is None else out + self.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> FourBitLinear:

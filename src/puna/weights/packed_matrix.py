@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from puna.gguf_header import GGMLType
 from puna.kernels import compiled
+from puna.kernels.frozen_linear import multiply_transposed
 from puna.weights.dequantize import dequantize, require_supported
 
 if TYPE_CHECKING:
@@ -86,6 +87,15 @@ class PackedMatrix(nn.Module):
     def tiled(self) -> TiledWeight | None:
         """Return the tiles that the kernels read, if it lies in such."""
         return self._tiled
+
+    @property
+    def shape(self) -> torch.Size:
+        """Return (out_features, in_features)."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def write_rows(self, start: int, out: Tensor) -> None:
+        """Dequantise the rows from `start` on into out, (rows, in_features), contiguous."""
+        dequantize(self.rows(slice(start, start + out.shape[0])).data, self.quant_type, out)
 
     @property
     def quantized(self) -> QuantTensor:
@@ -159,8 +169,9 @@ def multiply_all(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
     """Return [matrix(x) for matrix in matrices]: in one call of the kernels where they take all of them."""
     kernels = compiled()
     tiled = [matrix._tiled for matrix in matrices if matrix._tiled is not None]
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    if kernels is None or wants_gradient or len(tiled) < len(matrices) or not kernels.takes(x):
+    one_by_one = any(matrix._forward_hooks or matrix._forward_pre_hooks for matrix in matrices)
+    one_by_one |= len(tiled) < len(matrices) or (torch.is_grad_enabled() and x.requires_grad)
+    if kernels is None or one_by_one or not kernels.takes(x):
         return [matrix(x) for matrix in matrices]
     outs: list[Tensor] = kernels.quant_linear(x, tiled)
     return outs
@@ -176,8 +187,4 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (grad,) = grads
-        total = grad.new_zeros(*grad.shape[:-1], ctx.matrix.in_features)
-        for start, weight in ctx.matrix.chunks(grad.dtype):
-            total += grad[..., start : start + weight.shape[0]] @ weight
-        return total, None
+        return multiply_transposed(grads[0], ctx.matrix), None
