@@ -55,10 +55,8 @@ class ActivationSums:
         for name, module in self._model.named_modules():
             if isinstance(module, _LINEARS) and name != "lm_head":
                 self._watch_linear(name, module)
-            elif isinstance(module, Experts):
+            elif isinstance(module, Experts | QuantExperts):
                 self._watch_experts(name, module)
-            elif isinstance(module, QuantExperts):
-                self._watch_packed_experts(name, module)
         return self
 
     def __exit__(
@@ -107,9 +105,12 @@ class ActivationSums:
 
         self._handles.append(module.register_forward_pre_hook(add))
 
-    def _watch_experts(self, name: str, experts: Experts) -> None:
-        """Watch experts of floats; what meets the last projection is computed once more for it."""
-        count, width, hidden = experts.down_proj.shape
+    def _watch_experts(self, name: str, experts: Experts | QuantExperts) -> None:
+        """Watch experts; what meets the last projection is computed once more for it."""
+        if isinstance(experts, Experts):
+            count, width, hidden = experts.down_proj.shape
+        else:
+            count, width, hidden = experts.num_experts, experts.intermediate_size, experts.hidden_size
         gate, up = _names(f"{name}.gate_up_proj", (count, hidden, 2 * width))
         (down,) = _names(f"{name}.down_proj", (count, width, hidden))
         for theirs, columns in ((gate, hidden), (up, hidden), (down, width)):
@@ -120,26 +121,20 @@ class ActivationSums:
             for expert in set(chosen.flatten().tolist()):
                 rows, place = (chosen == expert).nonzero(as_tuple=True)
                 scaled = x[rows] * scores[rows, place, None]
-                parts = (scaled @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+                parts = _gate_and_up(experts, expert, scaled)
                 self._add(gate, expert, scaled)
                 self._add(up, expert, scaled)
                 self._add(down, expert, functional.silu(parts[0]) * parts[1])
 
         self._handles.append(experts.register_forward_pre_hook(add))
 
-    def _watch_packed_experts(self, name: str, experts: QuantExperts) -> None:
-        for projection in ("gate_proj", "up_proj", "down_proj"):
-            wide = experts.intermediate_size if projection == "down_proj" else experts.hidden_size
-            (theirs,) = _names(f"{name}.{projection}", (experts.num_experts, wide, 0))
-            self._make_room(theirs, experts.num_experts, wide)
-            for expert, matrix in enumerate(getattr(experts, projection)):
 
-                def add(
-                    _: nn.Module, args: tuple[Tensor, ...], *, theirs: str = theirs, expert: int = expert
-                ) -> None:
-                    self._add(theirs, expert, args[0])
-
-                self._handles.append(matrix.register_forward_pre_hook(add))
+def _gate_and_up(experts: Experts | QuantExperts, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(experts, Experts):
+        gate, up = (x @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        return gate, up
+    stacks: tuple[Any, Any] = experts.gate_proj, experts.up_proj
+    return stacks[0][expert](x), stacks[1][expert](x)
 
 
 def _names(name: str, shape: tuple[int, ...]) -> Iterator[str]:
