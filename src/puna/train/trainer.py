@@ -327,7 +327,9 @@ class Trainer:
         if self.plan.eval_examples and (step > 0 or self.config.eval_on_start):
             self._evaluate(run, step)
         if self.plan.sample_prompts is not None:
-            samples = SampleMetrics(step=step, samples=self.plan.sample_prompts.answers(run.model.network))
+            with computing_in(run.model.network, self.plan.dtype):  # as it will be served
+                answers = self.plan.sample_prompts.answers(run.model.network)
+            samples = SampleMetrics(step=step, samples=answers)
             self._write_line(samples)
             if self.on_sample is not None:
                 self.on_sample(samples)
