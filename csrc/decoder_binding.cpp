@@ -6,7 +6,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -23,7 +22,7 @@ namespace {
 
 using Dense = std::tuple<uintptr_t, int64_t, int64_t>;  // address, rows, columns of weights of `dtype`
 
-// It keeps addresses only: compiled_decoder.py keeps what they point at.
+// It keeps addresses only: kernels/decoder.py keeps what they point at.
 class Decoder {
  public:
   Decoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t intermediate,
@@ -82,7 +81,8 @@ class Decoder {
                 value_scales.size() == scaled,
             "one cache is needed for each layer");
     const int64_t num_places = batch.num_blocks() * batch.block_size();
-    require(cache_size == num_places * shape_.kv_heads * shape_.head_dim,
+    const int64_t width = shape_.kv_heads * shape_.head_dim;
+    require(cache_size % width == 0 && cache_size / width == num_places,
             "the cache has another size than num_blocks * block_size * kv_heads * head_dim");
     if (tokens == 0) return;
     DecoderStep step{};

@@ -95,7 +95,8 @@ inline void swiglu_run(const SwigluJob& job, int64_t begin, int64_t end) {
   const F one = Simd::fill_f(1.0f), log2_e = Simd::fill_f(-1.44269504f);
   for (int64_t i = begin; i < end; i += 16) {
     const F gate = load_some(job.gate, type, i, end - i);
-    const F silu = Simd::div(gate, Simd::add(one, exp2(Simd::mul(gate, log2_e))));
+    const F above = Simd::max(Simd::fill_f(-128.0f), gate);  // below, the quotient is 0 for all that counts
+    const F silu = Simd::div(above, Simd::add(one, exp2(Simd::mul(gate, log2_e))));
     store_some(job.out, type, i, end - i, Simd::mul(rounded_to<type>(silu), load_some(job.up, type, i, end - i)));
   }
 }

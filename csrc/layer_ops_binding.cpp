@@ -3,7 +3,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <cmath>
 
 #include "binding_checks.h"
 #include "layer_ops_driver.h"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from puna import LoraConfig, get_peft_model
+from puna.engine import compiled_decoder
 from puna.engine.compiled_decoder import CompiledDecoder
 from puna.engine.llm_engine import EngineConfig, LLMEngine
 from puna.engine.paged_cache import PagedAttention, PagedKVCache
@@ -71,6 +72,13 @@ def test_equals_the_modules_with_quantized_weights(cache: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def kernels_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the kernels for 16-bit weights also where torch is faster."""
+    monkeypatch.setattr(compiled_decoder, "prefers_kernel", lambda *_: True)
+
+
+@pytest.mark.usefixtures("kernels_preferred")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_equals_the_modules_with_weights_of_16_bits(dtype: torch.dtype) -> None:
@@ -80,6 +88,7 @@ def test_equals_the_modules_with_weights_of_16_bits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.usefixtures("kernels_preferred")
 @torch.inference_mode()
 def test_equals_the_modules_where_both_kinds_are_mixed_and_rope_is_scaled() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0}
@@ -101,8 +110,9 @@ def test_equals_the_modules_where_both_kinds_are_mixed_and_rope_is_scaled() -> N
         lambda: puna_twin(hf_llama(attention_bias=True)).bfloat16(),
         lambda: puna_twin(hf_llama(mlp_bias=True)).bfloat16(),
         lambda: with_adapter(quantized()),
+        lambda: quantized().to(torch.float64),
     ],
-    ids=["float32", "llama4", "attention_bias", "mlp_bias", "lora"],
+    ids=["float32", "llama4", "attention_bias", "mlp_bias", "lora", "float64"],
 )
 def test_leaves_to_the_modules_what_it_does_not_know(make: Callable[[], Llama]) -> None:
     assert CompiledDecoder.of(make()) is None
@@ -125,7 +135,35 @@ def move(model: Llama) -> None:
     model.to(torch.float64)
 
 
-@pytest.mark.parametrize("change", [change_weight, add_hook, with_adapter, move])
+def move_storage(model: Llama) -> None:
+    model.state_dict()["model.layers.1.mlp.down_proj.matrix.packed"].share_memory_()
+
+
+def listen_to_a_layer(model: Llama) -> None:
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+
+
+def listen_to_a_matrix(model: Llama) -> None:
+    model.get_submodule("model.layers.1.mlp.down_proj.matrix").register_forward_hook(lambda *_: None)
+
+
+def drop_a_layer(model: Llama) -> None:
+    del model.model.layers[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weight,
+        add_hook,
+        with_adapter,
+        move,
+        move_storage,
+        listen_to_a_layer,
+        listen_to_a_matrix,
+        drop_a_layer,
+    ],
+)
 def test_notices_that_the_model_has_changed(change: Callable[[Llama], object]) -> None:
     model = quantized()
     decoder = CompiledDecoder.of(model)
@@ -160,6 +198,20 @@ def test_looks_behind_what_serves_adapters_and_leaves_their_rows_to_it() -> None
     assert plain == answer(None, compiled_too=True) == answer(None, compiled_too=False)
     attention = PagedAttention(engine.runner.cache, [[0]], [0], [5])
     assert engine.runner._decoder is not None and engine.runner._decoder.takes(attention, 5)
+
+
+def test_not_under_autocast_nor_where_gradients_are_wanted() -> None:
+    model = quantized()
+    decoder = CompiledDecoder.of(model)
+    cache = PagedKVCache(model.config, num_blocks=2, block_size=16, dtype=torch.float32)
+    attention = PagedAttention(cache, [[0]], [0], [5])
+    assert decoder is not None and decoder.takes(attention, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not decoder.takes(attention, 5)
+    model.model.norm.weight.requires_grad_()
+    assert not decoder.takes(attention, 5)
+    with torch.no_grad():
+        assert decoder.takes(attention, 5)
 
 
 def test_a_cache_of_fp8_is_left_to_the_modules() -> None:

@@ -132,3 +132,13 @@ def test_packed_blocks_of_gguf_files_flow_back() -> None:
     x, grad = draw(3, 64).requires_grad_(), draw(3, 48, seed=2)
     matrix(x).backward(grad)
     torch.testing.assert_close(x.grad, grad @ whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_what_comes_out_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    out = frozen_linear(x, DenseRows(torch.randn(6, 8)))
+    with torch.no_grad():
+        out.detach().mul_(2)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert grad.shape == x.shape

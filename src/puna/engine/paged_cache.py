@@ -47,8 +47,8 @@ class PagedKVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         scaled = layers if dtype == torch.int8 else ()
-        self.key_scales = [torch.empty(shape[:3], device=device) for _ in scaled]
-        self.value_scales = [torch.empty(shape[:3], device=device) for _ in scaled]
+        self.key_scales = [torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in scaled]
+        self.value_scales = [torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in scaled]
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Return the scales of a layer's keys and values, or None where they have none."""

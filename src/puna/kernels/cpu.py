@@ -363,13 +363,18 @@ def store(x: Tensor, cache: Tensor, places: Tensor) -> None:
     anything else, and for a place that the cache does not have.
     """
     tokens = x.shape[0]
-    if not can_store(x, cache) or places.dtype != torch.int64 or places.shape != (tokens,):
+    if (
+        not can_store(x, cache)
+        or not places.is_cpu
+        or places.dtype != torch.int64
+        or places.shape != (tokens,)
+    ):
         raise ValueError(f"no kernel to store {x.dtype} in {cache.dtype} at {tuple(places.shape)} places")
     if x.shape[1:] != cache.shape[1:] or not cache.is_contiguous() or not places.is_contiguous():
         raise ValueError(f"rows {tuple(x.shape[1:])} for a cache of {tuple(cache.shape[1:])}")
-    if not x.is_contiguous() and not x[:1].is_contiguous():
-        x = x.contiguous()
     width = x.numel() // tokens if tokens else 1
+    if not x.is_contiguous() and (not x[:1].is_contiguous() or x.stride(0) < width):
+        x = x.contiguous()
     _cpu.store(
         x.data_ptr(),
         _DTYPE_CODES[x.dtype],
@@ -391,6 +396,8 @@ def store_int8(x: Tensor, cache: Tensor, scales: Tensor, places: Tensor) -> None
     heads). A head with a value that is not finite gets the scale NaN. Raises ValueError for anything else.
     """
     tokens, heads, head_dim = x.shape
+    if not (cache.is_cpu and scales.is_cpu and places.is_cpu):
+        raise ValueError("cache, scales and places must be on the CPU")
     if places.dtype != torch.int64 or places.shape != (tokens,) or not places.is_contiguous():
         raise ValueError(f"places are int64 ({tokens},), got {places.dtype} {tuple(places.shape)}")
     if cache.dtype != torch.int8 or cache.shape[1:] != (heads, head_dim) or not cache.is_contiguous():
@@ -471,7 +478,8 @@ def paged_attention(
     if (keys.dtype == torch.int8) != (scales is not None):
         raise ValueError("a cache of int8, and no other, comes with scales")
     for each in scales or ():
-        if each.dtype != torch.float32 or each.shape != keys.shape[:3] or not each.is_contiguous():
+        fits = each.dtype == torch.float32 and each.shape == keys.shape[:3]
+        if not fits or not each.is_contiguous() or not each.is_cpu:
             raise ValueError(
                 f"scales are float32 {tuple(keys.shape[:3])}, got {each.dtype} {tuple(each.shape)}"
             )

@@ -54,7 +54,6 @@ class Decoder:
         self._dtype = dtype
         self._hidden_size = shape.hidden_size
         self._half = shape.head_dim // 2
-        self._caches: tuple[Cache, list[list[int]]] | None = None
         self._decoder = cpu.DecoderLayers(
             shape.hidden_size,
             shape.num_attention_heads,
@@ -95,6 +94,8 @@ class Decoder:
         goes. Raises ValueError for anything else.
         """
         tokens = x.shape[0]
+        if not (x.is_cpu and places.is_cpu):
+            raise ValueError(f"x and places must be on the CPU, got {x.device} and {places.device}")
         if x.dtype != self._dtype or x.shape != (tokens, self._hidden_size) or not x.is_contiguous():
             raise ValueError(
                 f"x is {self._dtype} (tokens, {self._hidden_size}), got {x.dtype} {tuple(x.shape)}"
@@ -125,11 +126,18 @@ class Decoder:
         )
 
     def _addresses(self, cache: Cache) -> list[list[int]]:
-        """Return where the keys, values and their scales lie: worked out once for a cache."""
-        if self._caches is None or self._caches[0] is not cache:
-            tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-            for tensor in (*cache.keys, *cache.values):
-                if not tensor.is_contiguous() or not tensor.is_cpu or tensor.shape != cache.keys[0].shape:
-                    raise ValueError("caches must be contiguous, on the CPU, and of one shape")
-            self._caches = (cache, [[tensor.data_ptr() for tensor in each] for each in tensors])
-        return self._caches[1]
+        """Return where the keys, values and their scales lie. Raises ValueError for what does not fit."""
+        first = cache.keys[0]
+        if first.dtype not in cpu._CACHE_CODES:
+            raise ValueError(f"no kernel for a cache of {first.dtype}")
+        checked = [(tensor, first.dtype, first.shape) for tensor in (*cache.keys, *cache.values)]
+        scales = (*cache.key_scales, *cache.value_scales)
+        checked += [(tensor, torch.float32, first.shape[:3]) for tensor in scales]
+        for tensor, dtype, shape in checked:
+            fits = tensor.dtype == dtype and tensor.shape == shape
+            if not fits or not tensor.is_contiguous() or not tensor.is_cpu:
+                raise ValueError(
+                    "caches are contiguous, on the CPU, of one shape and dtype; scales are float32"
+                )
+        tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+        return [[tensor.data_ptr() for tensor in each] for each in tensors]

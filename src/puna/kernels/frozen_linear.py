@@ -69,10 +69,11 @@ def multiply(x: Tensor, weight: RowWriter) -> Tensor:
     """Return x @ weight.T, (..., out), in the dtype of x."""
     rows, columns = weight.shape
     wide = x.reshape(-1, columns).to(_dtype_of_products(x))
-    out = wide.new_empty(wide.shape[0], rows)
+    out = wide.new_empty(*x.shape[:-1], rows)  # returned itself: a view may not be changed later
+    flat = out.view(-1, rows)
     for start, block in _blocks(weight, wide):
-        torch.mm(wide, block.T, out=out[:, start : start + block.shape[0]])
-    return out.to(x.dtype).view(*x.shape[:-1], rows)
+        torch.mm(wide, block.T, out=flat[:, start : start + block.shape[0]])
+    return out.to(x.dtype)
 
 
 @torch.no_grad()
@@ -80,10 +81,11 @@ def multiply_transposed(grad: Tensor, weight: RowWriter) -> Tensor:
     """Return grad @ weight, (..., in), in the dtype of grad: what flows back through `frozen_linear`."""
     rows, columns = weight.shape
     wide = grad.reshape(-1, rows).to(_dtype_of_products(grad))
-    out = wide.new_zeros(wide.shape[0], columns)
+    out = wide.new_zeros(*grad.shape[:-1], columns)
+    flat = out.view(-1, columns)
     for start, block in _blocks(weight, wide):
-        out.addmm_(wide[:, start : start + block.shape[0]], block)
-    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
+        flat.addmm_(wide[:, start : start + block.shape[0]], block)
+    return out.to(grad.dtype)
 
 
 def _blocks(weight: RowWriter, like: Tensor) -> Iterator[tuple[int, Tensor]]:

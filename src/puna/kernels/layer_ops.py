@@ -29,7 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _has_weight(x: Tensor, weight: Tensor | None) -> bool:
-    return x.numel() > 0 and (weight is None or weight.shape == x.shape[-1:])
+    fits = weight is None or (weight.shape == x.shape[-1:] and weight.is_contiguous())
+    return fits and x.numel() > 0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:

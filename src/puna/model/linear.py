@@ -19,11 +19,14 @@ def apply_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Return [layer(x) for layer in layers]; those of one kind with `apply_together` share the work on x."""
     kind = type(layers[0])
     together = getattr(kind, "apply_together", None)
-    if together is None or any(type(layer) is not kind or _is_watched(layer) for layer in layers):
+    if together is None or any(type(layer) is not kind or is_watched(layer) for layer in layers):
         return [layer(x) for layer in layers]
     outs: list[Tensor] = together(x, layers)
     return outs
 
 
-def _is_watched(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+def is_watched(module: nn.Module) -> bool:
+    """Say whether somebody wants to know when this module, or any, is called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or backward or nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]

@@ -407,7 +407,6 @@ class Trainer:
             shutil.rmtree(self.output / "merged", ignore_errors=True)
             write_hf(merged, self.plan.path, self.output / "merged")
 
-
     def _write_template(self) -> None:
         """Leave the chat template beside the adapter where it is not the model's own."""
         config = self.config

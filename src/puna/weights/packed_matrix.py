@@ -18,6 +18,7 @@ from torch.nn import functional
 from puna.gguf_header import GGMLType
 from puna.kernels import compiled
 from puna.kernels.frozen_linear import multiply_transposed
+from puna.model.linear import is_watched
 from puna.weights.dequantize import dequantize, require_supported
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def multiply_all(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
     """Return [matrix(x) for matrix in matrices]: in one call of the kernels where they take all of them."""
     kernels = compiled()
     tiled = [matrix._tiled for matrix in matrices if matrix._tiled is not None]
-    one_by_one = any(matrix._forward_hooks or matrix._forward_pre_hooks for matrix in matrices)
+    one_by_one = any(map(is_watched, matrices))
     one_by_one |= len(tiled) < len(matrices) or (torch.is_grad_enabled() and x.requires_grad)
     if kernels is None or one_by_one or not kernels.takes(x):
         return [matrix(x) for matrix in matrices]
