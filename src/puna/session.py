@@ -74,6 +74,8 @@ class Session:
         tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         opened = None if adapter is None else open_adapter(adapter, checkpoint.config)
+        if adapter is not None and (trained := Path(adapter).expanduser() / "chat_template.jinja").is_file():
+            tokenizer.chat_templates["default"] = trained.read_text(encoding="utf-8")
         return lambda: cls(
             load_model(checkpoint, dtype=dtype, device=device, quantize=quantize), tokenizer, adapter=opened
         )

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna.engine.llm_engine import EngineConfig, LLMEngine
+from puna.engine.sampling import SamplingParams
 from puna.errors import CheckpointError, ModelNotFoundError, ParameterError, UnsupportedError
 from puna.gguf_header import GGMLType
 from puna.model import Llama, PackedAttention
 from puna.model.lora_config import LoraConfig
-from puna.model.lora_serving import AdapterRows, ServedAdapter, group_rows, install
+from puna.model.lora_serving import AdapterRows, LowRank, ServedAdapter, group_rows, install
 from puna.peft_model import PeftModel, get_peft_model
 from puna.served_adapters import read_served
 from puna.weights.adapter_files import read_adapter_tensors, write_adapter
@@ -223,3 +225,22 @@ def test_reading_draws_no_random_numbers(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     read_served(network, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_engines_over_one_model_serve_their_own_requests() -> None:
+    model = puna_twin(hf_llama())
+    change = LowRank(torch.randn(2, 64), torch.randn(64, 2), 1.0)
+    adapter = ServedAdapter(name="a", key=b"a", changes={"model.layers.0.self_attn.q_proj": (change,)})
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    answers = []
+    for _ in range(2):
+        engine = LLMEngine(model, EngineConfig(num_blocks=16))
+        for name, chosen in (("plain", None), ("adapted", adapter)):
+            engine.add(name, [5, 7, 11], params, adapter=chosen)
+        found: dict[str, list[int]] = {"plain": [], "adapted": []}
+        while engine.has_unfinished:
+            for output in engine.step():
+                found[output.sequence.request_id] += output.new_token_ids
+        answers.append(found)
+    assert answers[0] == answers[1]
+    assert answers[0]["plain"] != answers[0]["adapted"]

@@ -20,6 +20,7 @@ from puna.errors import ParameterError
 from puna.model.attention import PackedAttention
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel
+from puna.text.tokenizer import load_tokenizer
 from puna.train.checkpoints import list_checkpoints
 from puna.train.encoding import Example
 from puna.train.losses import batch_loss
@@ -306,5 +307,8 @@ def test_a_template_that_is_not_the_models_own_is_left_beside_the_adapter(
     template = "{% for message in messages %}" + turn + "{% endfor %}"
     own, _ = run(place, tmp_path / "own", max_steps=1)
     assert not (own.output / "chat_template.jinja").exists()
-    other, _ = run(place, tmp_path / "other", max_steps=1, chat_template=template)
+    other, _ = run(place, tmp_path / "other", max_steps=1, chat_template=template, merge=True)
     assert (other.output / "chat_template.jinja").read_text() == template
+    assert load_tokenizer(other.output / "merged").chat_template == template
+    whole, _ = run(place, tmp_path / "whole", max_steps=1, chat_template=template, method="full")
+    assert load_tokenizer(whole.output).chat_template == template

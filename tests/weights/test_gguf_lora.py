@@ -166,7 +166,7 @@ def test_llama4_keeps_the_order_of_rows(tmp_path: Path) -> None:
             "trainable_tokens_delta has no place",
         ),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "'pissa' changes the base weights"),
-        ({"target_modules": ["lm_head"]}, "head that is tied"),
+        ({"target_modules": ["lm_head"]}, "tied to the head"),
     ],
 )
 def test_what_llama_cpp_has_no_place_for(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

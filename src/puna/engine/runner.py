@@ -19,7 +19,7 @@ from puna.engine.paged_cache import PagedAttention, PagedKVCache
 from puna.engine.request import Sequence
 from puna.engine.scheduler import Batch
 from puna.model.llama import Llama
-from puna.model.lora_serving import AdapterRows, ServedAdapter, install
+from puna.model.lora_serving import ServedAdapter, install, rows_of
 
 _LOGIT_ROWS = 128
 
@@ -36,7 +36,7 @@ class Runner:
         self.follow = follow
         self.device = model.model.norm.weight.device
         self._decoder = CompiledDecoder.of(model)
-        self._rows, self._head_rows = AdapterRows(), AdapterRows()
+        self._rows, self._head_rows = rows_of(model)
         self._installed: weakref.WeakSet[ServedAdapter] = weakref.WeakSet()
 
     def run(self, batch: Batch) -> list[Tensor]:

@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply float32 activations with a 16-bit weight, which becomes float32 a few rows at a time."""
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         return functional.linear(x, weight.float(), None if bias is None else bias.float())
     out = frozen_linear(x, DenseRows(weight))
     return out if bias is None else out + bias

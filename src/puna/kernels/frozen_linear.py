@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from puna.kernels.native_dtypes import is_native
 
@@ -60,6 +61,7 @@ class _FrozenProduct(torch.autograd.Function):
         return multiply(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return multiply_transposed(grads[0], ctx.weight), None
 

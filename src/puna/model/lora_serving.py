@@ -8,6 +8,8 @@ in float32, as PEFT's is for adapters that it loads. It knows no files and no re
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,8 +48,8 @@ class ServedAdapter:
     changes: Mapping[str, tuple[Change, ...]]
 
 
-class AdapterRows:
-    """Say which rows of the pass under way belong to which adapter; all served modules of a model ask it."""
+class AdapterRows(threading.local):
+    """Say which rows of this thread's pass belong to which adapter; all served modules of a model ask it."""
 
     def __init__(self) -> None:
         self.groups: tuple[tuple[ServedAdapter, Rows], ...] = ()
@@ -62,6 +64,14 @@ class AdapterRows:
             yield
         finally:
             self.groups = ()
+
+
+_ROWS: weakref.WeakKeyDictionary[Llama, tuple[AdapterRows, AdapterRows]] = weakref.WeakKeyDictionary()
+
+
+def rows_of(network: Llama) -> tuple[AdapterRows, AdapterRows]:
+    """Return the rows of the pass and those that the head sees: all engines over one model share them."""
+    return _ROWS.setdefault(network, (AdapterRows(), AdapterRows()))
 
 
 def group_rows(

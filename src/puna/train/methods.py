@@ -70,6 +70,13 @@ def check_methods(config: TrainConfig) -> None:
             f"objective {config.objective!r} needs lora bias 'none': trained biases stay when the adapter is "
             "disabled, so there would be no base model to compare with"
         )
+    init = config.lora.init_lora_weights
+    changes_base = isinstance(init, str) and init.lower().startswith(("pissa", "olora"))
+    if compares(config.objective) and config.method != "full" and changes_base:
+        raise UnsupportedError(
+            f"objective {config.objective!r} compares with the base model, which init_lora_weights "
+            f"{init!r} changes"
+        )
     if config.objective == "kto":
         if config.per_device_train_batch_size * config.gradient_accumulation_steps < 2 and not config.packing:
             raise ParameterError("objective 'kto' needs at least two rows in a step: accumulate more batches")

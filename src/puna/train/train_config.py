@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -257,7 +258,7 @@ class TrainConfig:
                 )
             if name in known:
                 raise ParameterError(f"{name} is there twice, also as {given!r}")
-            known[name] = _as_typed(value, names[name].type)
+            known[name] = _as_typed(name, value, names[name].type)
         if isinstance(known.get("lora"), Mapping):
             known["lora"] = lora_config(known["lora"])
         missing = [name for name in ("model", "data", "output") if name not in known]
@@ -335,10 +336,10 @@ def _read_yaml(path: Path, text: str) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _as_typed(value: Any, annotation: object) -> Any:
+def _as_typed(name: str, value: Any, annotation: object) -> Any:
     """Return a value as its field has it: YAML reads 2e-4 as a string, and dates as dates."""
     wanted = str(annotation)
     if isinstance(value, str) and wanted.startswith("float"):
@@ -353,6 +354,6 @@ def _as_typed(value: Any, annotation: object) -> Any:
             raise ParameterError(f"date is {value!r}; it is written like 2026-07-31") from None
     if isinstance(value, bool) != (wanted == "bool"):
         raise ParameterError(
-            f"{value!r} is given where {'true or false' if wanted == 'bool' else wanted} is meant"
+            f"{name} is {value!r}, where {'true or false' if wanted == 'bool' else wanted} is meant"
         )
     return tuple(value) if isinstance(value, list) else value

@@ -398,23 +398,25 @@ class Trainer:
         """Write an adapter in PEFT's files, or a whole model as a Hugging Face folder."""
         if run.model.peft_model is None:
             _write_into(run.model.network, self.plan.path, self.output)
+            self._write_template(self.output)
             return
         run.model.peft_model.save_pretrained(self.output)
-        self._write_template()
+        self._write_template(self.output)
         if self.config.merge:
             base = load_model(self.plan.path)
             merged = PeftModel.from_pretrained(base, self.output).merge_and_unload(safe_merge=True)
             shutil.rmtree(self.output / "merged", ignore_errors=True)
             write_hf(merged, self.plan.path, self.output / "merged")
+            self._write_template(self.output / "merged")
 
-    def _write_template(self) -> None:
-        """Leave the chat template beside the adapter where it is not the model's own."""
-        config = self.config
-        if config.chat_template is None and config.chat_format is None:
+    def _write_template(self, folder: Path) -> None:
+        """Leave the chat template that was trained in a folder where it is not the model's own."""
+        if not self.plan.has_chats:
             return
-        tokenizer = load_tokenizer(self.plan.path)
+        config, tokenizer = self.config, load_tokenizer(self.plan.path)
         template = choose_template(tokenizer, template=config.chat_template, chat_format=config.chat_format)
-        (self.output / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if template != tokenizer.chat_template:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _warn_of_untrained(parameters: dict[str, nn.Parameter]) -> None:

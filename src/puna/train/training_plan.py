@@ -30,7 +30,7 @@ from puna.train.encoding import ChatRendering, Example, encode_pairs, encode_row
 from puna.train.methods import Objective, auto_learning_rate, has_pairs
 from puna.train.optimizers import require_optimizer
 from puna.train.packing import Batch, epoch_order, mismatched, pack
-from puna.train.rows import PairRow, Row, TextRow, read_rows
+from puna.train.rows import ChatRow, PairRow, Row, TextRow, read_rows
 from puna.train.train_config import TrainConfig
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
 from puna.train.training_samples import SamplePrompts
@@ -52,6 +52,7 @@ class TrainingPlan:
     packs: Sequence[Sequence[int]]  # indices of examples that are computed as one row
     eval_examples: Sequence[Example]
     sample_prompts: SamplePrompts | None
+    has_chats: bool  # and not texts alone
     total_steps: int
     parameters: int
     trained_parameters: int
@@ -187,6 +188,7 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
         packs=packs,
         eval_examples=eval_examples,
         sample_prompts=_sample_prompts(config, rows, tokenizer, checkpoint.config),
+        has_chats=any(isinstance(row.chosen if isinstance(row, PairRow) else row, ChatRow) for row in rows),
         total_steps=config.max_steps or math.ceil(epochs),
         parameters=count_parameters(network, config) + (0 if config.method == "full" else trained),
         trained_parameters=trained,

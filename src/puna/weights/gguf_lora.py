@@ -101,8 +101,8 @@ def _pairs(config: LoraConfig, tensors: Mapping[str, Tensor], base: LlamaConfig)
             raise UnsupportedError(f"{key} has no place in a GGUF adapter: {way_out}")
         else:
             found.setdefault(match["module"], {})[match["factor"]] = tensor.float()
-    if "lm_head" in found and base.tie_word_embeddings:
-        raise UnsupportedError(f"an adapter on a head that is tied to the embedding: {way_out}")
+    if base.tie_word_embeddings and found.keys() & {"lm_head", "model.embed_tokens"}:
+        raise UnsupportedError(f"an adapter on an embedding that is tied to the head: {way_out}")
     pairs = {}
     for module, factors in found.items():
         rank = factors["A"].shape[0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from puna.gguf_header import GGMLType
@@ -187,5 +188,6 @@ class _Multiply(torch.autograd.Function):
         return matrix.multiply(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return multiply_transposed(grads[0], ctx.matrix), None
