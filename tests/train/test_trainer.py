@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from puna.errors import ParameterError
+from puna.errors import ParameterError, UnsupportedError
 from puna.model.attention import PackedAttention
 from puna.model.lora_config import LoraConfig
 from puna.peft_model import PeftModel
@@ -312,3 +312,17 @@ def test_a_template_that_is_not_the_models_own_is_left_beside_the_adapter(
     assert load_tokenizer(other.output / "merged").chat_template == template
     whole, _ = run(place, tmp_path / "whole", max_steps=1, chat_template=template, method="full")
     assert load_tokenizer(whole.output).chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "foo"),
+        ({"lora": LoraConfig(target_modules=["nothing_proj"], task_type="CAUSAL_LM")}, "nothing_proj"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(
+    place: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises((ParameterError, UnsupportedError), match=named):
+        Trainer(tiny_config(place, output=str(tmp_path / "out"), **changes))

@@ -223,7 +223,9 @@ def _time(plan: TrainingPlan) -> str:
 
 def _measured(plan: TrainingPlan) -> str:
     trained = sum(example.num_trained for example in plan.eval_examples)
-    return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, with each checkpoint"
+    steps = plan.config.eval_steps
+    when = f"every {steps:,} steps" if steps else "with each checkpoint"
+    return f"{len(plan.eval_examples):,} rows, {trained:,} tokens, {when}"
 
 
 def _ending(result: TrainResult, config: TrainConfig) -> str:

@@ -284,7 +284,10 @@ class TrainConfig:
     def differences(self, other: TrainConfig) -> list[str]:
         """Return the names of the settings that make the result another one, and differ."""
         ours, theirs = self.to_dict(), other.to_dict()
-        return [name for name in ours if name not in _NOT_PART_OF_THE_RESULT and ours[name] != theirs[name]]
+        idle = _NOT_PART_OF_THE_RESULT
+        if self.early_stopping_patience is not None or self.load_best_model_at_end:
+            idle = idle - {"eval_steps", "save_steps"}  # when is measured decides where it ends
+        return [name for name in ours if name not in idle and ours[name] != theirs[name]]
 
 
 def lora_config(values: Mapping[str, Any]) -> LoraConfig:

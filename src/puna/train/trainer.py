@@ -344,7 +344,7 @@ class Trainer:
         shares = [batch_share(run.model, self.config, batch.to(device), totals) for batch in batches]
         run.model.network.train()
         loss = sum(share.loss.item() for share in shares)
-        if step > 0 and (self._best[1] is None or loss < self._best[1]):
+        if step > 0 and math.isfinite(loss) and (self._best[1] is None or loss < self._best[1]):
             self._best = (step, loss)
         metrics = EvalMetrics(
             step=step,

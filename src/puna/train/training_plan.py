@@ -31,6 +31,7 @@ from puna.train.methods import Objective, auto_learning_rate, has_pairs
 from puna.train.optimizers import require_optimizer
 from puna.train.packing import Batch, epoch_order, mismatched, pack
 from puna.train.rows import ChatRow, PairRow, Row, TextRow, read_rows
+from puna.train.schedules import make_schedule
 from puna.train.train_config import TrainConfig
 from puna.train.training_memory import count_parameters, count_trained, estimate_memory, free_on
 from puna.train.training_samples import SamplePrompts
@@ -166,6 +167,17 @@ def make_plan(config: TrainConfig, *, today: datetime.date | None = None) -> Tra
     compute_dtype = choose_compute_dtype(config, checkpoint, dtype, device)
     network = empty_model(checkpoint.config)
     trained = count_trained(network, config)
+    if trained == 0:
+        raise ParameterError(
+            f"lora: nothing in this model matches target_modules {config.lora.target_modules!r}"
+        )
+    make_schedule(  # raises for a setting that it does not have
+        config.lr_scheduler_type,
+        learning_rate=config.rate,
+        warmup_steps=0,
+        total_steps=1,
+        settings=config.lr_scheduler_kwargs,
+    )
     memory = estimate_memory(
         network,
         config,
