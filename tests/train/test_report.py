@@ -16,6 +16,8 @@ from puna.train.report import History
 from puna.train.trainer import Trainer, TrainResult
 from training_data import tiny_config
 
+pytestmark = pytest.mark.slow  # each trains a model
+
 PROMPT = "<script>hello</script> & llama"
 
 

@@ -25,6 +25,8 @@ from puna.train.train_config import TrainConfig
 from puna.train.trainer import StepMetrics, Trainer, TrainResult
 from training_data import tiny_config, write_data
 
+pytestmark = pytest.mark.slow  # each trains a model
+
 DROPOUT = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.3, task_type="CAUSAL_LM")
 
 

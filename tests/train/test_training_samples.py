@@ -21,7 +21,7 @@ from puna.train.trainer import EvalMetrics, StepMetrics, Trainer, TrainResult
 from puna.train.training_samples import SampleMetrics
 from training_data import tiny_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(google|protobuf|distutils|np.bool).*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*(google|protobuf|distutils|np.bool).*")]
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
 SETTINGS: dict[str, Any] = {"lora": LORA, "learning_rate": 5e-2, "eval_split": 0.3, "num_train_epochs": 8}
