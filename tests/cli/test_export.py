@@ -24,6 +24,8 @@ from puna.text.tokenizer import load_tokenizer
 from puna.weights.adapter_open import open_adapter
 from puna.weights.loader import load_model, open_checkpoint
 
+pytestmark = pytest.mark.slow  # together they take long
+
 SAME = "are the same"
 LLAMA_CPP = os.environ.get("PUNA_LLAMA_CPP", "")  # a folder with llama.cpp's programs
 

@@ -18,6 +18,8 @@ from puna.text.tokenizer import load_tokenizer
 from puna.weights.loader import load_model
 from puna.weights.quant import QuantLinear
 
+pytestmark = pytest.mark.slow  # together they take long
+
 GREEDY = ("--temperature", "0", "--max-tokens", "256")
 BEGINNING = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 

@@ -27,7 +27,7 @@ from training_data import WORDS, tiny_config, write_pairs
 
 from tiny import hf_llama, puna_twin
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers and PEFT
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of Transformers and PEFT
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 
 

@@ -30,7 +30,7 @@ from puna.train.trainer import EvalMetrics, StepMetrics, Trainer
 from puna.weights.loader import load_model
 from training_data import tiny_config
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers and PEFT
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of Transformers and PEFT
 
 
 @pytest.fixture(scope="module")
