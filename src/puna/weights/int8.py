@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from puna.weights.nf4 import dequantized_linear
+from puna.kernels.frozen_linear import frozen_linear
 
 _STEP = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
 
@@ -33,6 +33,11 @@ class Int8Tensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return all values as a new tensor; each is computed in float32 and rounded once to `dtype`."""
         return (self.data * self.absmax.view(-1, 1) * _STEP).to(dtype)
+
+    def write_rows(self, start: int, out: Tensor) -> None:
+        """Write the values of the rows from `start` on to out, (rows, in), in its dtype."""
+        end = start + out.shape[0]
+        out.copy_(self.data[start:end] * self.absmax[start:end, None] * _STEP)
 
     def to(self, device: torch.device | str) -> Int8Tensor:
         """Return the same values on another device."""
@@ -85,7 +90,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features), in the dtype of x."""
-        out = dequantized_linear(x, self.quantized)
+        out = frozen_linear(x, self.quantized)
         return out if self.bias is None else out + self.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:

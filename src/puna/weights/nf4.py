@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -330,27 +330,3 @@ def swap_in_4bit(
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, FourBitLinear(packed, linear.bias))
     return names
-
-
-class _Dequantizable(Protocol):
-    def dequantize(self, dtype: torch.dtype = ...) -> Tensor: ...
-
-
-def dequantized_linear(x: Tensor, weight: _Dequantizable) -> Tensor:
-    """Return x @ weight.T, (..., out), in the dtype of x; the gradient flows to x."""
-    out: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Product(torch.autograd.Function):
-    """Keep the packed weight for the backward pass instead of its values, which are made again there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: _Dequantizable) -> Tensor:
-        ctx.weight = weight
-        return functional.linear(x, weight.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return grad @ ctx.weight.dequantize(grad.dtype), None
