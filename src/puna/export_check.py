@@ -35,6 +35,8 @@ QUESTIONS = (
 )
 NUM_TOKENS = 32  # of each answer
 
+_ROUNDING = 0.05  # nats a token: float types differ by far less, another model by far more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
@@ -49,6 +51,11 @@ class Agreement:
     def equal(self) -> bool:
         """Say whether the greedy answers are the same."""
         return self.num_same == self.num_tokens
+
+    def require(self, out: Path) -> None:
+        """Raise CheckpointError naming what was written where more than rounding lies between the two."""
+        if not self.equal and not self.divergence < _ROUNDING:
+            raise CheckpointError(out, "does not answer as what it was made from: do not use it")
 
     def __str__(self) -> str:
         asked = f"{self.num_prompts} answers of {self.num_tokens} tokens"

@@ -17,7 +17,8 @@ from puna import AutoModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from puna.cli.app import app
 from puna.cli.model_card import merged_card
 from puna.cria import FOLDER as CRIA
-from puna.errors import ParameterError, UnsupportedError
+from puna.errors import CheckpointError, ParameterError, UnsupportedError
+from puna.export_check import Agreement
 from puna.gguf_header import read_metadata
 from puna.text.formats import BUILT_IN
 from puna.text.tokenizer import load_tokenizer
@@ -178,3 +179,12 @@ def test_llama_cpp_sees_the_same_perplexity(stories: Path, adapter: Path, tmp_pa
         perplexity("-m", merged),
     )
     assert beside == pytest.approx(inside, rel=2e-3) and abs(plain - inside) > 0.1 * plain
+
+
+def test_a_written_model_that_is_another_is_an_error() -> None:
+    near = Agreement(num_prompts=4, num_tokens=100, num_same=97, divergence=0.001)
+    near.require(Path("out"))
+    for divergence in (0.9, float("nan")):
+        far = Agreement(num_prompts=4, num_tokens=100, num_same=3, divergence=divergence)
+        with pytest.raises(CheckpointError, match="out.*does not answer"):
+            far.require(Path("out"))

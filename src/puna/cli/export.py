@@ -56,7 +56,7 @@ def merge(
         files["chat_template.jinja"] = job.template
     write_hf_stream(merged, out, files=files)
     typer.echo(f"wrote {out}: {job.path} with {adapter} in its weights")
-    job.report(expected, out)
+    job.report(expected, out, is_exact=True)
 
 
 def export(
@@ -118,7 +118,7 @@ def _export_model(job: _Job, out: Path, kind: str | None, *, allow_requantize: b
     from puna.cli.quantize import gguf_keys, summary
     from puna.weights.merged_checkpoint import MergedCheckpoint
     from puna.weights.quantize_file import write_quantized
-    from puna.weights.quantize_mix import file_type
+    from puna.weights.quantize_mix import FLOAT_TYPES, file_type
 
     wanted = file_type(kind or job.stored_type())
     merged = MergedCheckpoint(job.checkpoint, job.adapter)
@@ -126,7 +126,7 @@ def _export_model(job: _Job, out: Path, kind: str | None, *, allow_requantize: b
     expected = job.answers() if check else None
     written = write_quantized(merged, out, metadata, wanted, allow_requantize=allow_requantize)
     typer.echo(summary(out, written))
-    job.report(expected, out)
+    job.report(expected, out, is_exact=wanted.base in FLOAT_TYPES)
 
 
 def _export_adapter(job: _Job, out: Path, *, check: bool) -> None:
@@ -186,12 +186,15 @@ class _Job:
 
         return answer(self.checkpoint, self.tokenizer, self.template, self.adapter)
 
-    def report(self, expected: Answers | None, out: Path) -> None:
-        """Print how the written model agrees with the source."""
+    def report(self, expected: Answers | None, out: Path, *, is_exact: bool) -> None:
+        """Print how the written model agrees with the source; raise where it is another, but for rounding."""
         from puna.export_check import compare
 
         if expected is not None:
-            typer.echo(str(compare(expected, out, template=self.template)))
+            agreement = compare(expected, out, template=self.template)
+            typer.echo(str(agreement))
+            if is_exact:
+                agreement.require(out)
 
     def report_adapter(self, out: Path) -> None:
         """Print how the model agrees with itself, once with the adapter and once with the written one."""
@@ -199,7 +202,9 @@ class _Job:
         from puna.weights.adapter_open import open_adapter
 
         written = open_adapter(out, self.checkpoint.config)
-        typer.echo(str(compare_adapter(self.answers(), self.checkpoint, written)))
+        agreement = compare_adapter(self.answers(), self.checkpoint, written)
+        typer.echo(str(agreement))
+        agreement.require(out)
 
     def gguf_keys(self, out: Path) -> dict[str, Value]:
         """Return what a file says of where it comes from, and the template that was trained."""
